@@ -395,7 +395,10 @@ class Workspace:
         for engine in self._names:
             engine.dispose()
         for name in set(self._names.values()) if self._url is not None else ():
-            self._execute(sa.schema.DropSchema(name, cascade=True, if_exists=True))
+            try:
+                self._execute(sa.schema.DropSchema(name, cascade=True, if_exists=True))
+            except DBAPIError as error:  # the server is gone; the next schema is still tried
+                logger.warning("schema %s stays behind: %s", name, error.orig)
 
     def _open(self, name: str, options: Row) -> sa.Engine:
         if self._url is None:
@@ -613,17 +616,20 @@ def _migration_context(connection: sa.Connection, **options: Any) -> MigrationCo
 
 
 def violated_constraint(error: IntegrityError) -> str | None:
-    """The name of the constraint that refused a row; None for SQLite's foreign keys.
+    """The name of the constraint that refused a row; None for NOT NULL, which has no name.
 
-    PostgreSQL reports the name; SQLite that of a CHECK, the columns of a UNIQUE, and nothing of
-    a foreign key.
+    PostgreSQL reports the name. SQLite names a CHECK, tells a UNIQUE by its columns, and a
+    foreign key not at all: None too.
     """
     if not isinstance(error.orig, sqlite3.Error):
         return cast("str | None", cast(Any, error.orig).diag.constraint_name)
+    kind = error.orig.sqlite_errorname.removeprefix("SQLITE_CONSTRAINT_")
     subject = str(error.orig).partition(" failed: ")[2]
-    table_name, _, column = subject.rpartition(", ")[2].partition(".")
-    if not column:
-        return subject or None
+    if kind == "CHECK":
+        return subject
+    if kind not in ("UNIQUE", "PRIMARYKEY"):
+        return None
+    table_name = subject.partition(".")[0]
     columns = {name.partition(".")[2] for name in subject.split(", ")}
     for constraint in Base.metadata.tables[table_name].constraints:
         if isinstance(constraint, sa.UniqueConstraint | sa.PrimaryKeyConstraint):
@@ -681,7 +687,9 @@ def demo_schema(workspace: Workspace) -> SchemaResult:
     fact("migrations", ", ".join(steps[len(MIGRATIONS) :]))
     differences = len(schema_differences(engine))
     fact("autogenerate finds", f"{differences} differences between database and models")
-    table(["bad row", "refused by"], [(k, v or "a key, unnamed") for k, v in refused.items()])
+    table(
+        ["bad row", "refused by"], [(k, v or "a foreign key (unnamed)") for k, v in refused.items()]
+    )
     conclude(f"{len(refused)} bad rows, {len(refused)} refused by the database itself")
     return SchemaResult(steps, differences, refused)
 
@@ -787,6 +795,10 @@ class UserNotFound(Exception):
     """No user has this e-mail address."""
 
 
+class InvalidUser(Exception):
+    """The database refuses these values; says by which constraint, and not the values."""
+
+
 @dataclass(frozen=True)
 class Person:
     """A user as the domain sees it: values, and no session behind them."""
@@ -802,22 +814,35 @@ class UserRepository:
         self._session = session
 
     def add(self, person: Person) -> None:
-        """Raises EmailTaken; what the unit of work did before stays."""
-        row = {"email": person.email, "full_name": person.full_name}
-        refused = insert_each(self._session, User, [row])
-        if refused == {0: "uq_users_email"}:
-            raise EmailTaken(person.email)
-        if refused:
-            raise ValueError(f"refused by {refused[0]}")
+        """Raises EmailTaken or InvalidUser; what the unit of work did before stays."""
+        with self._domain_errors(person):
+            self._session.execute(sa.insert(User).values(vars(person)))
 
     def save(self, person: Person) -> bool:
-        """Insert, or rename whom the address belongs to, in one statement; True if inserted."""
+        """Insert, or rename whom the address belongs to, in one statement; True if inserted.
+
+        Raises InvalidUser.
+        """
         dialect = self._session.get_bind().dialect.name
         insert = sqlite.insert(User) if dialect == "sqlite" else postgresql.insert(User)
-        upsert = insert.values(email=person.email, full_name=person.full_name)
         renamed = {"full_name": person.full_name, "version": User.version + 1}
-        upsert = upsert.on_conflict_do_update(index_elements=[User.email], set_=renamed)
-        return self._session.scalar(upsert.returning(User.version)) == 1
+        upsert = insert.values(vars(person)).on_conflict_do_update(
+            index_elements=[User.email], set_=renamed
+        )
+        with self._domain_errors(person):
+            return self._session.scalar(upsert.returning(User.version)) == 1
+
+    @contextmanager
+    def _domain_errors(self, person: Person) -> Iterator[None]:
+        """A savepoint: a refused statement costs itself only."""
+        try:
+            with self._session.begin_nested():
+                yield
+        except (IntegrityError, sa.exc.DataError) as error:
+            name = violated_constraint(error) if isinstance(error, IntegrityError) else None
+            if name == "uq_users_email":
+                raise EmailTaken(person.email) from None  # the driver's text holds the row
+            raise InvalidUser(f"refused by {name or 'a column type'}") from None
 
     def get(self, email: str) -> Person:
         """Raises UserNotFound."""
@@ -891,7 +916,7 @@ def demo_repository(workspace: Workspace) -> RepositoryResult:
     fact("users, committed", committed)
     fact("the caller caught", "; ".join(errors))
     fact("upsert", f"{len(queries)} statements, inserted: {inserted}, now {saved.full_name}")
-    config.listing(queries[0].partition(" ON ")[2].join(["ON ", ""]))
+    config.listing("ON" + queries[0].partition(" ON")[2])
     conclude("nothing half done; the caller holds values, no session and no driver's error")
     return RepositoryResult((forgotten, committed), tuple(errors), inserted)
 
@@ -1243,6 +1268,9 @@ def demo_analytics(engine: sa.Engine) -> AnalyticsResult:
     retention = {age: bought[age] / size[age] for age in (1, 3, 6, 12) if size[age]}
     shares = ", ".join(f"{share:.0%} in month {age}" for age, share in retention.items())
     fact("of a cohort ordered", shares)
+    *places_, (_, _, total) = answers["revenue with subtotals"]
+    country, _, most = max((row for row in places_ if row[1] is None), key=lambda row: row[2])
+    fact("revenue", f"{total:,} in all, {most:,} of it in {country}")
     city, km = answers["cities nearest to Berlin"][0]
     fact("nearest to Berlin", f"{city}, {km:.0f} km")
     if is_sqlite(engine):
@@ -1578,6 +1606,7 @@ def after_kill(workspace: Workspace, engine: sa.Engine, *, pre_ping: bool) -> st
 class PoolResult:
     checked_out: int
     fourth_caller: str
+    reused: tuple[bool, bool]  # at once, after pool_recycle
     after_kill: dict[str, str]
     timeout_sqlstate: str | None
 
@@ -1604,10 +1633,18 @@ def demo_pool(workspace: Workspace) -> PoolResult:
         except sa.exc.TimeoutError as error:
             fourth = type(error).__name__
         fact("the fourth caller", f"{fourth} after {time.perf_counter() - started:.2f} s")
+    recycling = workspace.reopen(engine, pool_size=1, pool_recycle=0.05)
+    seen = []
+    for _checkout in range(3):
+        with recycling.connect() as connection:
+            seen.append(connection.connection.driver_connection)
+        time.sleep(0.1 * len(seen) - 0.1)
+    reused = seen[0] is seen[1], seen[1] is seen[2]
+    fact("pool_recycle 0.05 s", "reused at once: {}, after 0.1 s: {}".format(*reused))
     if is_sqlite(engine):
         note("killed connections and statement_timeout need a server: PostgreSQL")
         conclude("an exhausted pool fails in time instead of waiting for ever")
-        return PoolResult(checked_out, fourth, {}, None)
+        return PoolResult(checked_out, fourth, reused, {}, None)
     pings = {"no pre_ping": False, "pool_pre_ping": True}
     met = {name: after_kill(workspace, engine, pre_ping=ping) for name, ping in pings.items()}
     for name, outcome in met.items():
@@ -1621,7 +1658,7 @@ def demo_pool(workspace: Workspace) -> PoolResult:
             state = sqlstate(error)
     fact("statement_timeout 50 ms", f"pg_sleep(10) ends with SQLSTATE {state}")
     conclude("an exhausted pool fails in time, and a dead connection is replaced unseen")
-    return PoolResult(checked_out, fourth, met, state)
+    return PoolResult(checked_out, fourth, reused, met, state)
 
 
 # ── 10. Migration: to another version, to another engine ────────────────────────────
@@ -1895,12 +1932,21 @@ def server_version(url: str, timeout_s: float) -> str:
     if sa.make_url(url).host:  # else a Unix socket, which answers at once
         config.require_reachable("PostgreSQL", url, 5432, timeout_s)
     engine = postgres_engine(url, "public", timeout_s, poolclass=sa.NullPool)
+    started = time.monotonic()
     try:
         with engine.connect() as connection:
             return str(connection.scalar(sa.text("SHOW server_version"))).split()[0]
-    except OperationalError as error:
-        reason = config.redact(str(error.orig).strip())
-        raise config.ConfigError(f"DATABASE_URL: {config.redact(url)}: {reason}") from error
+    except DBAPIError as error:
+        if time.monotonic() - started >= timeout_s:
+            raise config.ServiceUnavailable(
+                "PostgreSQL", "it accepts, and says nothing", url
+            ) from error
+        raise refused(url, error) from error
+
+
+def refused(url: str, error: DBAPIError) -> config.ConfigError:
+    reason = config.redact(str(error.orig).strip())
+    return config.ConfigError(f"DATABASE_URL: {config.redact(url)} refuses: {reason}")
 
 
 @contextmanager
@@ -1917,7 +1963,10 @@ def open_resources(run: config.Run) -> Iterator[dict[str, object]]:
         directory = Path(name)
         workspace = Workspace(directory, url, timeout_s)
         stack.callback(workspace.close)
-        engine = workspace.create(run.scale)
+        try:
+            engine = workspace.create(run.scale)
+        except sa.exc.ProgrammingError as error:  # such as no right to create a schema
+            raise refused(url or "SQLite", error) from error
         yield {"engine": engine, "workspace": workspace, "directory": directory, "users": run.scale}
 
 

@@ -17,6 +17,7 @@ import re
 import signal
 import socket
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -179,8 +180,12 @@ console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def fact(label: str, value: object) -> None:
-    """One line of evidence, the values aligned."""
-    console.print(f"  {label + ':':<26} {value}")
+    """One line of evidence; the values are aligned, long ones wrapped."""
+    console.print(_wrap(str(value), f"  {label + ':':<26} ", " " * 29))
+
+
+def _wrap(text: str, first: str, others: str) -> str:
+    return textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=others)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -199,7 +204,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 def listing(text: str) -> None:
     """Code as evidence: SQL, a plan, a document."""
     for line in text.strip().splitlines():
-        console.print(f"    {line.strip()}")
+        console.print(_wrap(line.strip(), "    ", "      "))
 
 
 def note(text: str) -> None:
@@ -283,6 +288,10 @@ def run_script(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:  # of open_resources: a server that dies while data are loaded
+        logger.debug("resources failed", exc_info=True)
+        print(f"error: {_reason(error)}", file=sys.stderr)
+        return 1
     finally:
         console.quiet = False
         signal.signal(signal.SIGTERM, previous)
@@ -292,7 +301,8 @@ def run_script(
         print(json.dumps(report, default=_jsonable, indent=2, ensure_ascii=False))
     else:
         outcome = f"failed: {', '.join(failed)}" if failed else "none failed"
-        console.print(f"\n{len(results)} demos in {elapsed_s:.1f} s, {outcome}. {run.services}")
+        served = ", ".join(run.services.values())
+        console.print(f"\nDemos: {len(results)} in {elapsed_s:.1f} s on {served}; {outcome}.")
     return 1 if failed else 0
 
 
@@ -335,9 +345,12 @@ def _run_demo(demo: Callable[..., object], resources: Mapping[str, object]) -> d
         return {"result": demo(**wanted)}
     except Exception as error:  # one failing demo must not take the others with it
         logger.debug("%s failed", demo.__name__, exc_info=True)
-        reason = redact(f"{type(error).__name__}: {error}")
-        console.print(f"failed: {reason}\n(LOG_LEVEL=DEBUG shows the traceback)")
-        return {"error": reason}
+        console.print(f"failed: {_reason(error)}")
+        return {"error": _reason(error)}
+
+
+def _reason(error: Exception) -> str:
+    return redact(f"{type(error).__name__}: {error}\n(LOG_LEVEL=DEBUG shows the traceback)")
 
 
 def _jsonable(value: object) -> object:
