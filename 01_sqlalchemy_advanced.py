@@ -77,6 +77,7 @@ SEED = 8  # the data are the same in every run
 DEFAULT_USERS = 500  # enough for N+1 to hurt, few enough for every demo to end in seconds
 FIRST_DAY, LAST_DAY = datetime(2024, 1, 1, tzinfo=UTC), datetime(2025, 12, 31, tzinfo=UTC)
 BATCH_ROWS = 2_000  # users or rows in memory at once while seeding and moving, a few MB
+PAGE_ROWS = 20  # what one screen shows
 LARGE_ORDER = Decimal("100.00")  # in the currency of the shop
 EARTH_RADIUS_KM = 6371.0088  # mean radius (IUGG)
 STATEMENT_TIMEOUT_MS = 60_000  # no demo's statement comes near; a runaway one ends
@@ -915,8 +916,9 @@ def demo_repository(workspace: Workspace) -> RepositoryResult:
     fact("users, commit forgotten", forgotten)
     fact("users, committed", committed)
     fact("the caller caught", "; ".join(errors))
-    fact("upsert", f"{len(queries)} statements, inserted: {inserted}, now {saved.full_name}")
-    config.listing("ON" + queries[0].partition(" ON")[2])
+    upserts = [query for query in queries if query.startswith("INSERT")]
+    fact("upsert", f"{len(upserts)} statements, inserted: {inserted}, now {saved.full_name}")
+    config.listing("ON" + upserts[0].partition(" ON")[2])
     conclude("nothing half done; the caller holds values, no session and no driver's error")
     return RepositoryResult((forgotten, committed), tuple(errors), inserted)
 
@@ -1053,7 +1055,7 @@ def demo_toolbox(engine: sa.Engine) -> ToolboxResult:
     """
     with Session(engine) as session:
         large = sa.select(sa.func.count()).select_from(Order).where(Order.is_large)
-        orders = session.scalars(sa.select(Order))
+        orders = session.scalars(sa.select(Order).execution_options(yield_per=500))
         large_orders = session.scalar(large) or 0, sum(order.is_large for order in orders)
         user = session.get_one(User, 1)
         with count_queries(engine) as statements:
@@ -1270,7 +1272,7 @@ def demo_analytics(engine: sa.Engine) -> AnalyticsResult:
     fact("of a cohort ordered", shares)
     *places_, (_, _, total) = answers["revenue with subtotals"]
     country, _, most = max((row for row in places_ if row[1] is None), key=lambda row: row[2])
-    fact("revenue", f"{total:,} in all, {most:,} of it in {country}")
+    fact("revenue", f"{total:,} in all, {most:,} of it in country {country}")
     city, km = answers["cities nearest to Berlin"][0]
     fact("nearest to Berlin", f"{city}, {km:.0f} km")
     if is_sqlite(engine):
@@ -1546,7 +1548,7 @@ def demo_large_results(engine: sa.Engine) -> LargeResultsResult:
 
     Trade-off: keyset knows no "page 731"; for the first few pages an offset is fine.
     """
-    size, orders = 20, count_rows(engine, Order)
+    size, orders = PAGE_ROWS, count_rows(engine, Order)
     number = orders * 9 // 10 // size
     with Session(engine) as session:
         last = session.execute(offset_page(number * size - 1, 1)).one()
@@ -1562,14 +1564,14 @@ def demo_large_results(engine: sa.Engine) -> LargeResultsResult:
             for name, (scan, read) in scans.items()
         ]
         table([f"page {number:,}", "ms", "rows read", "by"], lines)
-        query = sa.select(Order)
+        query = sa.select(Order).limit(50_000)  # the list of more would only be larger
         stream = query.execution_options(yield_per=100)
         peak = {
             ".all()": peak_bytes(lambda: session.scalars(query).all()),
             "yield_per(100)": peak_bytes(lambda: sum(o.is_large for o in session.scalars(stream))),
         }
     for name, size_bytes in peak.items():
-        fact(f"peak of {name}", f"{size_bytes / 1e6:.1f} MB of objects for {orders:,} orders")
+        fact(f"peak of {name}", f"{size_bytes / 1e6:.1f} MB, {min(orders, 50_000):,} orders")
     if is_sqlite(engine):
         note("only PostgreSQL's EXPLAIN tells how many rows were read")
     ratio = peak[".all()"] / peak["yield_per(100)"]

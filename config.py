@@ -248,7 +248,7 @@ class Run:
         if self.require_services:
             raise ConfigError(f"--require-services: {error}") from error
         self.services[service] = stand_in
-        console.print(f"{error}\n→ {stand_in}")
+        console.print(str(error))
 
 
 def run_script(
@@ -280,6 +280,7 @@ def run_script(
         run = Run(settings, args.offline, args.require_services, args.scale)
         started = time.perf_counter()
         with open_resources(run) as resources:
+            console.print("On " + ", ".join(run.services.values()))
             results = {name: _run_demo(demo, resources) for name, demo in chosen.items()}
         elapsed_s = time.perf_counter() - started
     except ConfigError as error:
@@ -301,8 +302,7 @@ def run_script(
         print(json.dumps(report, default=_jsonable, indent=2, ensure_ascii=False))
     else:
         outcome = f"failed: {', '.join(failed)}" if failed else "none failed"
-        served = ", ".join(run.services.values())
-        console.print(f"\nDemos: {len(results)} in {elapsed_s:.1f} s on {served}; {outcome}.")
+        console.print(f"\nDemos: {len(results)} in {elapsed_s:.1f} s; {outcome}.")
     return 1 if failed else 0
 
 
