@@ -52,8 +52,8 @@ class ServiceUnavailable(Exception):
 
     def __init__(self, service: str, reason: str, url: str | None = None) -> None:
         where = f" at {redact(url)}" if url else ""
-        start = "docker compose up -d --wait, or python servers.py run -- python <script>"
-        super().__init__(f"{service}{where} is unavailable: {reason}. To start one: {start}")
+        start = "To start one: docker compose up -d --wait, or python servers.py run -- CMD"
+        super().__init__(f"{service}{where} is unavailable: {reason}.\n{start}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +103,12 @@ def _checked_url(variable: str, url: str | None) -> str | None:
         parts = urlsplit(url)
         if variable != "MONGODB_URI":  # which may list several host:port
             _ = parts.port  # raises ValueError where it is no port number
-    except ValueError as error:
-        raise ConfigError(f"{variable}: malformed URL {redact(url)}") from error
+    except ValueError:  # its text, and a URL that cannot be parsed, may hold the password
+        hint = "is a special character in its password not percent-encoded?"
+        raise ConfigError(f"{variable}: malformed URL; {hint}") from None
     if parts.scheme not in SCHEMES[variable] or url == f"{parts.scheme}://":
         expected = " or ".join(f"{scheme}://…" for scheme in SCHEMES[variable])
-        raise ConfigError(f"{variable}: expected {expected}, got {redact(url)}")
+        raise ConfigError(f"{variable}: expected {expected}")
     return url
 
 
@@ -117,8 +118,8 @@ def redact(text: str) -> str:
     Masks up to the last `@`, because a password that should have been percent-encoded may hold
     `@`, `/` or `?`: rather too much than part of a secret.
     """
-    text = re.sub(r"(?<=//)([^:/?#@\s]*):.*@", r"\1:***@", text)
-    return re.sub(r"(?i)([?&]\w*(?:password|passwd|pwd)=)[^&\s]*", r"\1***", text)
+    text = re.sub(r"(?i)((?:password|passwd|pwd)=)(?:[^&\s]*(@))?[^&\s]*", r"\1***\2", text)
+    return re.sub(r"(?s)(?<=//)([^:]*):.*@", r"\1:***@", text)
 
 
 def require_reachable(service: str, url: str, default_port: int, timeout_s: float) -> None:
@@ -131,6 +132,8 @@ def require_reachable(service: str, url: str, default_port: int, timeout_s: floa
         try:
             socket.create_connection(address, timeout_s).close()
             errors.clear()
+        except UnicodeError as error:  # of a host name that DNS cannot express
+            errors[:] = [OSError(str(error))]
         except OSError as error:
             errors[:] = [error]
 
@@ -299,7 +302,7 @@ def run_script(
     failed = [name for name, result in results.items() if "error" in result]
     if args.json:
         report = {"services": run.services, "elapsed_s": round(elapsed_s, 3), "demos": results}
-        print(json.dumps(report, default=_jsonable, indent=2, ensure_ascii=False))
+        console.print(json.dumps(report, default=_jsonable, indent=2, ensure_ascii=False))
     else:
         outcome = f"failed: {', '.join(failed)}" if failed else "none failed"
         console.print(f"\nDemos: {len(results)} in {elapsed_s:.1f} s; {outcome}.")
