@@ -83,6 +83,10 @@ EARTH_RADIUS_KM = 6371.0088  # mean radius (IUGG)
 STATEMENT_TIMEOUT_MS = 60_000  # no demo's statement comes near; a runaway one ends
 RETRYABLE = frozenset({"40001", "40P01"})  # serialization_failure, deadlock_detected
 SCRYPT = {"n": 2**14, "r": 8, "p": 5}  # OWASP Password Storage Cheat Sheet: 16 MiB
+SCRYPT_MAX_WORK = 2**28  # bytes, 128·n·r·p: twice OWASP's costliest; a stored hash gets no more
+STORED_HASH = re.compile(  # 16 bytes of salt and 64 of digest, in base64
+    r"scrypt\$([0-9]{1,9})\$([0-9]{1,9})\$([0-9]{1,9})\$([A-Za-z0-9+/]{22}==)\$([A-Za-z0-9+/]{86}==)"
+)
 
 # Three cities of each of twenty countries: latitude, longitude (GeoNames, CC BY 4.0).
 PLACES = """
@@ -139,7 +143,8 @@ class UtcDateTime(sa.types.TypeDecorator[datetime]):
 class Money(sa.types.TypeDecorator[Decimal]):
     """Exact money: NUMERIC(12, 2), and whole cents on SQLite, whose only fraction is a float.
 
-    Raises TypeError for anything but a Decimal, ValueError for a fraction of a cent.
+    Raises TypeError for anything but a Decimal, ValueError for a fraction of a cent,
+    NaN or infinity.
     """
 
     impl = sa.Numeric(12, 2)
@@ -153,7 +158,7 @@ class Money(sa.types.TypeDecorator[Decimal]):
             return None
         if not isinstance(value, Decimal):
             raise TypeError(f"money must be a Decimal, not {type(value).__name__}")
-        if value != round(value, 2):
+        if not value.is_finite() or value * 100 != (value * 100).to_integral_value():
             raise ValueError(f"a fraction of a cent: {value}")
         return int(value * 100) if dialect.name == "sqlite" else value
 
@@ -256,7 +261,9 @@ class User(Base):
     email: Mapped[str] = mapped_column(sa.String(254), unique=True)  # RFC 5321
     full_name: Mapped[str] = mapped_column(sa.String(80))
     created_at: Mapped[datetime] = mapped_column(default=lambda: datetime.now(UTC))
-    referred_by_id: Mapped[int | None] = mapped_column(sa.ForeignKey("users.id"), index=True)
+    referred_by_id: Mapped[int | None] = mapped_column(
+        sa.ForeignKey("users.id", ondelete="SET NULL"), index=True
+    )
     credit: Mapped[Decimal] = mapped_column(server_default="0")
     version: Mapped[int] = mapped_column(server_default="1")
     addresses: Mapped[list[Address]] = relationship(passive_deletes=True)
@@ -379,9 +386,9 @@ class Workspace:
     def create(self, users: int = 0, **options: Any) -> sa.Engine:
         """An engine on a new database at the newest migration, with the data of `users` users."""
         name = f"module8_{secrets.token_hex(6)}"
+        engine = self._open(name, options)  # first: what close() is to drop, if interrupted next
         if self._url is not None:
             self._execute(sa.schema.CreateSchema(name))
-        engine = self._open(name, options)
         migrate(engine)
         if users:
             seed(engine, users)
@@ -489,7 +496,12 @@ def _create_shop() -> None:
         sa.Column("email", sa.String(254), nullable=False, unique=True),
         sa.Column("full_name", sa.String(80), nullable=False),
         sa.Column("created_at", UtcDateTime(), nullable=False),
-        sa.Column("referred_by_id", BIG_INTEGER, sa.ForeignKey("users.id"), index=True),
+        sa.Column(
+            "referred_by_id",
+            BIG_INTEGER,
+            sa.ForeignKey("users.id", ondelete="SET NULL"),
+            index=True,
+        ),
         sa.Column("version", BIG_INTEGER, nullable=False, server_default="1"),
         sa.CheckConstraint("email = lower(email) AND email LIKE '%_@_%'", name="email"),
         sa.CheckConstraint("referred_by_id < id", name="referrer_is_older"),
@@ -710,14 +722,19 @@ def copy_rows(connection: sa.Connection, model: type[Base], rows: Sequence[Row])
     lines = ("\t".join(_copy_text(row[column]) for column in columns) for row in rows)
     statement = f"COPY {model.__tablename__} ({', '.join(columns)}) FROM STDIN"
     with cast(Any, connection.connection).cursor() as cursor:
-        cursor.copy_expert(statement, io.StringIO("\n".join(lines)))
+        cursor.copy_expert(statement, io.StringIO("".join(f"{line}\n" for line in lines)))
 
 
+_COPY_SPECIAL = re.compile(r"[\\\t\n\r]")
 _COPY_ESCAPES = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})
 
 
 def _copy_text(value: object) -> str:
-    return r"\N" if value is None else str(value).translate(_COPY_ESCAPES)
+    if value is None:
+        return r"\N"
+    text = str(value)
+    # Few values hold anything to escape, and looking is cheaper than translating.
+    return text.translate(_COPY_ESCAPES) if _COPY_SPECIAL.search(text) else text
 
 
 def insert_rows(connection: sa.Connection, model: type[Base], rows: Sequence[Row]) -> None:
@@ -956,7 +973,7 @@ STRATEGIES: dict[str, Callable[[Users], Users]] = {
         orm.subqueryload(User.addresses).subqueryload(Address.city).subqueryload(City.country)
     ),
     "contains_eager": lambda users: (
-        users.join(User.addresses).join(Address.city).join(City.country)
+        users.outerjoin(User.addresses).outerjoin(Address.city).outerjoin(City.country)
         .options(orm.contains_eager(User.addresses, Address.city, City.country))
     ),
     "raiseload": lambda users: users.options(orm.raiseload("*")),
@@ -986,8 +1003,8 @@ def demo_n_plus_one(engine: sa.Engine, users: int) -> NPlusOneResult:
     Prediction: lazy asks once a user, once a city and once a country, not three times a user.
 
     Trade-off: joined suits many-to-one; on a collection it repeats the parent in each row.
-    selectin suits collections: one query more for each 500 parents. contains_eager drops users
-    without an address, and LIMIT counts its rows.
+    selectin suits collections: one query more for each 500 parents. LIMIT on contains_eager
+    counts joined rows, not users.
     """
     users = min(users, 2_000)  # more would show the same, and lazy would take long
     strategies = [name for name in STRATEGIES if name != "raiseload"]
@@ -1091,22 +1108,40 @@ Select = sa.Select[*tuple[Any, ...]]
 
 def month_number(column: Any) -> sa.ColumnElement[int]:
     """Year × 12 + month - 1: months that can be subtracted."""
-    year, month = sa.extract("year", column), sa.extract("month", column)
-    return sa.cast(year * 12 + month - 1, sa.Integer)
+    # As integers at once: PostgreSQL extracts a numeric, whose arithmetic is slow.
+    year, month = (sa.cast(sa.extract(part, column), sa.Integer) for part in ("year", "month"))
+    return year * 12 + month - 1
 
 
 def cohort_retention(session: Session) -> Answer:
     """(month of signing up, months since, users who ordered then, users in the cohort)."""
-    joined, ordered = month_number(User.created_at), month_number(Order.placed_at)
-    sizes = sa.select(joined.label("month"), sa.func.count().label("users")).group_by(joined).cte()
-    query = (
-        sa.select(sizes.c.month, ordered - joined, sa.func.count(User.id.distinct()), sizes.c.users)
-        .select_from(User)
-        .join(Order)
-        .join(sizes, sizes.c.month == joined)
-        .group_by(sizes.c.month, sizes.c.users, ordered - joined)
+    joined = sa.select(User.id, month_number(User.created_at).label("month")).cte()
+    ordered = (
+        sa.select(Order.user_id, month_number(Order.placed_at).label("month")).distinct().cte()
     )
+    users, age = sa.func.count().label("users"), ordered.c.month - joined.c.month
+    sizes = sa.select(joined.c.month, users).group_by(joined.c.month).cte()
+    active = (
+        sa.select(joined.c.month, age.label("age"), users)
+        .join(ordered, ordered.c.user_id == joined.c.id)
+        .group_by(joined.c.month, age)
+        .cte()
+    )
+    query = sa.select(active, sizes.c.users).join(sizes, sizes.c.month == active.c.month)
     return sorted(_ask(session, query))
+
+
+def retention_by_age(cohorts: Answer) -> dict[int, float]:
+    """Months since signing up → the share of users who ordered then, of all the cohorts old enough
+    to show it: also of those in which nobody did, which have no row of that age."""
+    sizes = {month: size for month, _age, _users, size in cohorts}
+    last = max((month + age for month, age, *_ in cohorts), default=0)
+    answer = {}
+    for age in (1, 3, 6, 12):
+        size = sum(size for month, size in sizes.items() if month + age <= last)
+        if size:
+            answer[age] = sum(users for _, then, users, _ in cohorts if then == age) / size
+    return answer
 
 
 def revenue_by_place(session: Session) -> Answer:
@@ -1144,7 +1179,7 @@ def nearest_cities(session: Session, name: str = "Berlin") -> Answer:
     root = sql.sqrt(north * north + sql.cos(lat1) * sql.cos(lat2) * east * east)
     km = (2 * EARTH_RADIUS_KM * sql.asin(root)).label("km")
     query = sa.select(City.name, km).join(here, here.id != City.id).where(here.name == name)
-    return _ask(session, query.order_by(km).limit(3))
+    return _ask(session, query.order_by(km, City.id).limit(3))
 
 
 def referral_trees(session: Session) -> Answer:
@@ -1167,7 +1202,8 @@ def _at_home(query: Select) -> Select:
 
 
 def _by_place(rows: Answer) -> Answer:
-    return sorted(rows, key=lambda row: [(cell is None, cell or "") for cell in row[:2]])
+    sold = [row for row in rows if row[2] is not None]  # the grand total of nothing is no row
+    return sorted(sold, key=lambda row: [(cell is None, cell or "") for cell in row[:2]])
 
 
 def _ask(session: Session, query: sa.Executable) -> Answer:
@@ -1206,16 +1242,21 @@ def fold_customers(session: Session) -> Answer:
 
 
 def fold_distances(session: Session, name: str = "Berlin") -> Answer:
-    """By the spherical law of cosines, which is not the formula of the SQL."""
-    rows = _ask(session, sa.select(City.name, City.latitude, City.longitude))
-    radians = {city: (math.radians(lat), math.radians(lon)) for city, lat, lon in rows}
-    lat1, lon1 = radians[name]
+    """By the angle between two vectors from the centre of the earth (W. Kahan), which is not the
+    formula of the SQL and is exact for near cities and for antipodes too."""
+    query = sa.select(City.id, City.name, City.latitude, City.longitude).order_by(City.id)
+    vectors = {}
+    for id_, city, latitude, longitude in _ask(session, query):
+        lat, lon = math.radians(latitude), math.radians(longitude)
+        across = math.cos(lat)
+        vectors[id_, city] = across * math.cos(lon), across * math.sin(lon), math.sin(lat)
     answer = []
-    for city, (lat2, lon2) in radians.items():
-        cosine = math.sin(lat1) * math.sin(lat2)
-        cosine += math.cos(lat1) * math.cos(lat2) * math.cos(lon2 - lon1)
-        answer.append((city, EARTH_RADIUS_KM * math.acos(min(1.0, cosine))))
-    return sorted(answer, key=lambda pair: pair[1])[1:4]  # the nearest is the city itself
+    for here in (key for key in vectors if key[1] == name):
+        a, behind = vectors[here], [-x for x in vectors[here]]
+        for there, b in vectors.items():
+            angle = 2 * math.atan2(math.dist(a, b), math.dist(behind, b))
+            answer += [(there[1], EARTH_RADIUS_KM * angle)] if there != here else []
+    return sorted(answer, key=lambda pair: pair[1])[:3]
 
 
 def fold_referrals(session: Session) -> Answer:
@@ -1267,18 +1308,15 @@ def demo_analytics(engine: sa.Engine) -> AnalyticsResult:
             ratio = f"{best['python'] / best['sql']:.1f}"
             lines.append((question, len(answers[question]), *timing, ratio, agree[question]))
     table(["question", "rows", "SQL, ms", "fetch + fold, ms", "ratio", "agree"], lines)
-    bought, size = Counter[int](), Counter[int]()
-    for _month, age, users, cohort in answers["cohort retention"]:
-        bought[age] += users
-        size[age] += cohort
-    retention = {age: bought[age] / size[age] for age in (1, 3, 6, 12) if size[age]}
+    retention = retention_by_age(answers["cohort retention"])
     shares = ", ".join(f"{share:.0%} in month {age}" for age, share in retention.items())
     fact("of a cohort ordered", shares)
-    *places_, (_, _, total) = answers["revenue with subtotals"]
-    country, _, most = max((row for row in places_ if row[1] is None), key=lambda row: row[2])
-    fact("revenue", f"{total:,} in all, {most:,} of it in country {country}")
-    city, km = answers["cities nearest to Berlin"][0]
-    fact("nearest to Berlin", f"{city}, {km:.0f} km")
+    if answers["revenue with subtotals"]:
+        *places_, (_, _, total) = answers["revenue with subtotals"]
+        country, _, most = max((row for row in places_ if row[1] is None), key=lambda row: row[2])
+        fact("revenue", f"{total:,} in all, {most:,} of it in country {country}")
+    for city, km in answers["cities nearest to Berlin"][:1]:
+        fact("nearest to Berlin", f"{city}, {km:.0f} km")
     if is_sqlite(engine):
         note("GROUPING SETS needs PostgreSQL; here it is a UNION ALL of three groupings")
     conclude(f"{sum(agree.values())} of {len(agree)} answers agree with plain Python")
@@ -1552,8 +1590,9 @@ def demo_large_results(engine: sa.Engine) -> LargeResultsResult:
 
     Trade-off: keyset knows no "page 731"; for the first few pages an offset is fine.
     """
-    size, orders = PAGE_ROWS, count_rows(engine, Order)
-    number = orders * 9 // 10 // size
+    orders = count_rows(engine, Order)
+    size = min(PAGE_ROWS, orders // 10 + 1)  # of few orders, smaller pages
+    number = max(1, orders * 9 // 10 // size)
     with Session(engine) as session:
         last = session.execute(offset_page(number * size - 1, 1)).one()
         ways = {
@@ -1588,7 +1627,8 @@ def demo_large_results(engine: sa.Engine) -> LargeResultsResult:
 
 def kill_backend(engine: sa.Engine, pid: int) -> None:
     """End a connection from the server's side, as a failover does; returns when it is gone."""
-    with engine.connect() as connection:
+    # Not in a transaction, whose pg_stat_activity would stay as it was when first looked at.
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(sa.select(sa.func.pg_terminate_backend(pid)))
         alive = sa.text("SELECT count(*) FROM pg_stat_activity WHERE pid = :pid")
         wait_until(lambda: connection.scalar(alive, {"pid": pid}) == 0)
@@ -1639,14 +1679,14 @@ def demo_pool(workspace: Workspace) -> PoolResult:
         except sa.exc.TimeoutError as error:
             fourth = type(error).__name__
         fact("the fourth caller", f"{fourth} after {time.perf_counter() - started:.2f} s")
-    recycling = workspace.reopen(engine, pool_size=1, pool_recycle=0.05)
+    recycling = workspace.reopen(engine, pool_size=1, pool_recycle=0.5)
     seen = []
-    for idle_s in (0.0, 0.0, 0.1):
+    for idle_s in (0.0, 0.0, 0.6):
         time.sleep(idle_s)
         with recycling.connect() as connection:
             seen.append(connection.connection.driver_connection)
     reused = seen[0] is seen[1], seen[1] is seen[2]
-    fact("pool_recycle 0.05 s", "reused at once: {}, after 0.1 s: {}".format(*reused))
+    fact("pool_recycle 0.5 s", "reused at once: {}, after 0.6 s: {}".format(*reused))
     if is_sqlite(engine):
         note("killed connections and statement_timeout need a server: PostgreSQL")
         conclude("an exhausted pool fails in time instead of waiting for ever")
@@ -1692,9 +1732,16 @@ def transfer(
     A batch and the key that it ends with are one transaction in the target: interrupted anywhere
     and called again, it goes on after the last whole batch. Tables go in order of their foreign
     keys, rows in order of their primary key. At the end the checksums are compared and the
-    sequences set. The source must not change meanwhile. Raises TransferError.
+    sequences set. The source must not change meanwhile. Raises TransferError, before it writes
+    anything where the target holds rows that no transfer brought.
     """
-    TRANSFER.create(target, checkfirst=True)
+    if not sa.inspect(target).has_table(TRANSFER.name):
+        for model in MODELS:
+            if count_rows(target, model):
+                raise TransferError(
+                    f"{model.__tablename__}: the target holds rows that no transfer brought"
+                )
+        TRANSFER.create(target)
     copied = sum(_transfer_table(model, source, target, batch_rows, on_batch) for model in MODELS)
     for model in MODELS:
         expected, actual = checksum(source, model), checksum(target, model)
@@ -1718,8 +1765,6 @@ def _transfer_table(
     with target.connect() as connection:
         query = sa.select(TRANSFER.c.last_key).where(TRANSFER.c.table_name == name)
         last = connection.scalar(query)
-    if last is None and count_rows(target, model):
-        raise TransferError(f"{name}: the target holds rows that no transfer brought")
     page = sa.select(model.__table__).order_by(key).limit(batch_rows)
     while True:
         with source.connect() as connection:
@@ -1853,10 +1898,10 @@ def needs_rehash(stored: str) -> bool:
 
 
 def _parse_hash(stored: str) -> tuple[dict[str, int], bytes, bytes]:
-    match = re.fullmatch(r"scrypt\$(\d+)\$(\d+)\$(\d+)\$([\w+/=]+)\$([\w+/=]+)", stored)
-    if match is None:
+    match = STORED_HASH.fullmatch(stored)
+    n, r, p = map(int, match.groups()[:3]) if match else (0, 0, 0)
+    if match is None or n & (n - 1) or not 0 < 128 * n * r * p <= SCRYPT_MAX_WORK or n == 1:
         raise ValueError("not a hash made by hash_password")  # without quoting it
-    n, r, p = map(int, match.groups()[:3])
     salt, digest = map(base64.b64decode, match.groups()[3:])
     return {"n": n, "r": r, "p": p}, salt, digest
 
@@ -1945,7 +1990,7 @@ def server_version(url: str, timeout_s: float) -> str:
         with engine.connect() as connection:
             return str(connection.scalar(sa.text("SHOW server_version"))).split()[0]
     except DBAPIError as error:
-        if time.monotonic() - started >= timeout_s:
+        if time.monotonic() - started >= math.ceil(timeout_s):  # what libpq was given
             raise config.ServiceUnavailable(
                 "PostgreSQL", "it accepts, and says nothing", url
             ) from error

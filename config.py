@@ -103,6 +103,8 @@ def _checked_url(variable: str, url: str | None) -> str | None:
         parts = urlsplit(url)
         if variable != "MONGODB_URI":  # which may list several host:port
             _ = parts.port  # raises ValueError where it is no port number
+        if url.count("@") > 1:  # libraries disagree on which of them ends the password
+            raise ValueError
     except ValueError:  # its text, and a URL that cannot be parsed, may hold the password
         hint = "is a special character in its password not percent-encoded?"
         raise ConfigError(f"{variable}: malformed URL; {hint}") from None

@@ -1,0 +1,74 @@
+# GNU make and a POSIX sh. `make help` lists the targets.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+REQUIREMENTS := requirements.txt requirements/servers.txt requirements/dev.txt
+CONSTRAINTS := requirements/constraints.txt
+# Made after each complete installation: its age tells whether requirements changed since.
+INSTALLED := .venv/installed
+
+.DEFAULT_GOAL := help
+.PHONY: setup demo test lint bench up down clean help rabbitmq
+
+setup: $(INSTALLED) ## make .venv and install the tested set of packages
+
+demo: setup ## run every script top to bottom against real servers
+	$(PY) servers.py run -- sh -c 'failed=; \
+	    for script in 0?_*.py; do $(PY) "$$script" || failed="$$failed $$script"; done; \
+	    test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }'
+
+test: setup rabbitmq ## run the tests; REQUIRE_SERVICES=1 fails where a server is missing
+	$(PY) -m pytest
+
+lint: setup ## ruff, its formatter, and mypy --strict
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy --strict $(wildcard 0?_*.py) config.py servers.py benchmarks
+
+bench: setup ## measure against peers and limits; one table a script
+	$(PY) servers.py run -- sh -c 'failed=; \
+	    for bench in benchmarks/bench_*.py; do $(PY) "$$bench" || failed="$$failed $$bench"; done; \
+	    test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }'
+
+up: ## start the full stack with docker compose
+	@test -e .env || { cp .env.example .env; echo "made .env from .env.example"; }
+	docker compose up -d --wait
+
+down: ## stop it; its data stay
+	docker compose down
+
+clean: ## remove what make made: .venv and caches (.env and data stay)
+	@if test -e .venv/made-by-make; then rm -rf .venv; \
+	elif test -e .venv; then echo ".venv was not made by make: left alone"; fi
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf __pycache__ tests/__pycache__ benchmarks/__pycache__
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+
+# ── Installation ────────────────────────────────────────────────────────────────────
+
+$(INSTALLED): $(REQUIREMENTS) $(CONSTRAINTS)
+	@command -v "$(PYTHON)" >/dev/null || { \
+	    echo "$(PYTHON) is not there: apt-get install python3 python3-venv"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "Python 3.11 or newer is needed, and $(PYTHON) is $$("$(PYTHON)" -V 2>&1)."; \
+	    echo "Name another: make setup PYTHON=python3.12"; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip' 2>/dev/null || { \
+	    echo "$(PYTHON) cannot make virtual environments: apt-get install python3-venv"; exit 1; }
+	@test -x .venv/bin/pip || { echo "making .venv with $$("$(PYTHON)" -V)"; \
+	    "$(PYTHON)" -m venv .venv && touch .venv/made-by-make; }
+	@echo "installing into .venv (first time: about 150 MB)"
+	@$(PY) -m pip install -q --disable-pip-version-check \
+	    $(addprefix -r ,$(REQUIREMENTS)) -c $(CONSTRAINTS)
+	@touch $@
+
+# RabbitMQ comes as no wheel. Root on Debian without a Docker that works gets it from there; a
+# failure is no error: its tests then skip, and say why.
+rabbitmq:
+	@if test -z "$$TEST_RABBITMQ_URL" && test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+	    && ! command -v rabbitmq-server >/dev/null && ! test -x /usr/sbin/rabbitmq-server \
+	    && ! timeout 20 docker info >/dev/null 2>&1; then \
+	    echo "RabbitMQ is missing, and so is Docker: installing Debian's rabbitmq-server"; \
+	    .ci/apt-install rabbitmq-server || echo "that failed: going on without RabbitMQ"; \
+	fi

@@ -1,0 +1,188 @@
+"""What the benchmarks share: interleaved rounds, ratios, one table, and the exit code.
+
+A benchmark is a file `bench_*.py` whose `main` hands `run_bench` a function that measures. Each
+time is taken in rounds: every way once, then every way again, so that a busy moment of the machine
+hits all of them. A ratio is formed inside each round; reported are its median and its range.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the scripts and config are in the folder above
+
+import config  # noqa: E402
+
+ROUNDS = 5  # the fewest whose median survives two disturbed rounds
+WARM_UPS = 1  # fills the server's and SQLAlchemy's caches; not counted
+
+Samples = list[float]  # seconds, one for each round
+
+# ── Measuring ───────────────────────────────────────────────────────────────────────
+
+
+def measure(
+    ways: Mapping[str, Callable[[], Any]],
+    *,
+    before: Callable[[], object] = lambda: None,
+    after: Callable[[str, Any], object] = lambda name, answer: None,
+    rounds: int = ROUNDS,
+) -> dict[str, Samples]:
+    """The seconds that each way took in each round, after warm-up, the rounds interleaved.
+
+    `before()` runs ahead of every way and `after(name, answer)` behind it, both untimed: to set the
+    same scene for all, and to raise where an answer is wrong.
+    """
+    samples: dict[str, Samples] = {name: [] for name in ways}
+    gc.collect()
+    gc.freeze()  # the benchmark's own data: no collection walks through them meanwhile
+    for number in range(WARM_UPS + rounds):
+        for name, run in ways.items():
+            before()
+            gc.collect()  # so that no way pays for the garbage of the one before
+            started = time.perf_counter()
+            answer = run()
+            elapsed_s = time.perf_counter() - started
+            after(name, answer)
+            if number >= WARM_UPS:
+                samples[name].append(elapsed_s)
+    gc.unfreeze()
+    return samples
+
+
+def check(name: str, answer: object, expected: object) -> None:
+    """Correct first: raises ValueError for a way that answers something else."""
+    if answer != expected:
+        raise ValueError(f"{name}: expected {expected!r:.300}, got {answer!r:.300}")
+
+
+# ── Reporting ───────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison: its name, its seconds in each round, the items done in them."""
+
+    name: str
+    samples: Samples
+    items: int = 1
+    unit: str = ""
+
+    def __str__(self) -> str:
+        median_s = statistics.median(self.samples)
+        if self.unit:
+            return f"{self.name} {self.items / median_s:,.0f} {self.unit}/s"
+        return f"{self.name} {median_s * 1e3:,.{1 if median_s < 0.1 else 0}f} ms"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table. `ratios` has one entry a round; `met` is None without a goal."""
+
+    measure: str
+    ours: Side
+    other: Side
+    ratios: Samples
+    word: str
+    goal: str = "-"
+    met: bool | None = None
+
+    def cells(self) -> tuple[str, ...]:
+        low, middle, high = min(self.ratios), statistics.median(self.ratios), max(self.ratios)
+        ratio = f"{_times(middle)}× {self.word} ({_times(low)}–{_times(high)})"
+        outcome = {True: "met", False: "NOT MET", None: "-"}[self.met]
+        return self.measure, str(self.ours), str(self.other), ratio, self.goal, outcome
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 2 else f"{ratio:.1f}" if ratio < 100 else f"{ratio:.0f}"
+
+
+def slower(measure: str, ours: Side, other: Side, at_most: float | None = None) -> Line:
+    """Ours against a limit: the multiple of its time per item; the goal is an upper bound."""
+    ratios = _ratios(ours, other)
+    if at_most is None:
+        return Line(measure, ours, other, ratios, "time")
+    met = statistics.median(ratios) <= at_most
+    return Line(measure, ours, other, ratios, "time", f"≤ {at_most:g}×", met)
+
+
+def faster(measure: str, ours: Side, other: Side, at_least: float | None = None) -> Line:
+    """Ours against a peer: the multiple of its speed per item; the goal is a lower bound."""
+    ratios = _ratios(other, ours)
+    if at_least is None:
+        return Line(measure, ours, other, ratios, "speed")
+    met = statistics.median(ratios) >= at_least
+    return Line(measure, ours, other, ratios, "speed", f"≥ {at_least:g}×", met)
+
+
+def _ratios(above: Side, below: Side) -> Samples:
+    pairs = zip(above.samples, below.samples, strict=True)
+    return [a / above.items / (b / below.items) for a, b in pairs]
+
+
+# ── The runner ──────────────────────────────────────────────────────────────────────
+
+
+def run_bench(
+    doc: str,
+    needs: Sequence[str],
+    packages: Sequence[str],
+    measures: Callable[[config.Settings], tuple[Mapping[str, str], Iterable[Line]]],
+) -> int:
+    """Print the table of one benchmark; returns the exit code.
+
+    `needs` names the variables that must be set, `packages` those whose versions count.
+    `measures(settings)` returns what else was used (server, sizes) and the lines. A goal that is
+    not met is a line of the table: the code is 0. It is 2 where a variable or its server is
+    missing, 130 after Ctrl-C; an error while measuring, such as a wrong answer, is raised.
+    """
+    title, started = doc.splitlines()[0].rstrip("."), time.perf_counter()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as Ctrl-C does
+    try:
+        settings = config.load_settings()
+        missing = [name for name in needs if not getattr(settings, name.lower())]
+        if missing:
+            raise config.ConfigError(f"{', '.join(missing)} not set; see benchmarks/README.md")
+        print(f"{title}: measuring, for a minute or more", file=sys.stderr)
+        facts, lines = measures(settings)
+        lines = list(lines)
+    except (config.ConfigError, config.ServiceUnavailable) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    config.console.print(f"\n── {title} ".ljust(config.WIDTH + 1, "─"))
+    config.fact("Python", f"{platform.python_version()}, {_cores()} cores")
+    config.fact("packages", ", ".join(f"{name} {version(name)}" for name in packages))
+    for label, value in facts.items():
+        config.fact(label, value)
+    columns = ["measure", "ours", "peer or limit", "ratio (range)", "goal", "outcome"]
+    config.table(columns, [line.cells() for line in lines])
+    verdicts = [line.met for line in lines if line.met is not None]
+    elapsed_s = time.perf_counter() - started
+    config.conclude(
+        f"{sum(verdicts)} of {len(verdicts)} goals met; "
+        f"medians of {ROUNDS} or more interleaved rounds; {elapsed_s:.0f} s in all"
+    )
+    return 0
+
+
+def _cores() -> int:
+    """Those that this process may use, which in a container are fewer than the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
