@@ -369,6 +369,7 @@ def postgres_engine(url: str, schema: str, timeout_s: float, **options: Any) -> 
     session = f"search_path={schema}", "TimeZone=UTC", f"statement_timeout={STATEMENT_TIMEOUT_MS}"
     connect_args = {
         "connect_timeout": math.ceil(timeout_s),
+        "tcp_user_timeout": STATEMENT_TIMEOUT_MS,  # of a network that swallows packets
         "options": " ".join(f"-c {setting}" for setting in session),
         "application_name": "module8-01",
     }

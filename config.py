@@ -32,6 +32,7 @@ from rich.progress import Progress
 
 logger = logging.getLogger(__name__)
 
+TRACEBACK_HINT = "(LOG_LEVEL=DEBUG shows the traceback)"
 WIDTH = 88  # columns: fits a split editor and a projector
 SCHEMES = {  # variable → the URL schemes that this module's drivers speak
     "DATABASE_URL": ("postgresql+psycopg2",),
@@ -296,7 +297,7 @@ def run_script(
         return 130
     except Exception as error:  # of open_resources: a server that dies while data are loaded
         logger.debug("resources failed", exc_info=True)
-        print(f"error: {_reason(error)}", file=sys.stderr)
+        print(f"error: {_reason(error)}\n{TRACEBACK_HINT}", file=sys.stderr)
         return 1
     finally:
         console.quiet = False
@@ -350,12 +351,12 @@ def _run_demo(demo: Callable[..., object], resources: Mapping[str, object]) -> d
         return {"result": demo(**wanted)}
     except Exception as error:  # one failing demo must not take the others with it
         logger.debug("%s failed", demo.__name__, exc_info=True)
-        console.print(f"failed: {_reason(error)}")
+        console.print(f"failed: {_reason(error)}\n{TRACEBACK_HINT}")
         return {"error": _reason(error)}
 
 
 def _reason(error: Exception) -> str:
-    return redact(f"{type(error).__name__}: {error}\n(LOG_LEVEL=DEBUG shows the traceback)")
+    return redact(f"{type(error).__name__}: {error}")
 
 
 def _jsonable(value: object) -> object:
