@@ -4,17 +4,24 @@
 
 A quote is a block of Python below `<!-- from FILE: NAME -->`, where NAME may be dotted. It equals
 the source of NAME in FILE, dedented; a line `# …` stands for one or more lines left out.
+
+Output is a block of text in the README or in the guide of a script. Each line of it occurs in a run
+of that script, whatever the numbers: on PostgreSQL where the paragraph above names it, else on
+SQLite.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
+import os
 import re
 import shlex
+import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +36,8 @@ BLOCK = re.compile(
     r"(?P<head>(?:<!-- from (?P<file>\S+): (?P<name>\S+) -->\n)?```python\n)(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
+OUTPUT = re.compile(r"((?:.+\n)+)\n?```text\n((?:(?!```).*\n)+)```")  # and the paragraph above
+RUN_TIMEOUT_S = 120.0  # a whole script on a busy machine
 
 
 def source_of(file: str, name: str) -> str:
@@ -108,6 +117,52 @@ def test_python_in_a_guide_is_quoted_from_the_code(block: re.Match[str]) -> None
 )
 def test_quote_is_exact(code: str, expected: bool) -> None:
     assert is_quote(code, "a\nb\nc\n") is expected
+
+
+@pytest.fixture(scope="module")
+def lines_of_run(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[bool], set[str]]:
+    """The lines that script 01 prints on PostgreSQL (True) or SQLite (False), numbers masked."""
+
+    @functools.cache
+    def run(postgres: bool) -> set[str]:
+        url = request.getfixturevalue("postgres_url") if postgres else ""
+        script = [sys.executable, str(ROOT / "01_sqlalchemy_advanced.py")]
+        env = {**os.environ, "DATABASE_URL": url}
+        done = subprocess.run(
+            script,
+            cwd=tmp_path_factory.mktemp("run"),  # no .env
+            env=env,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=RUN_TIMEOUT_S,
+            check=True,
+        )
+        return {mask(line) for line in done.stdout.splitlines()}
+
+    return run
+
+
+def mask(line: str) -> str:
+    """A line without its numbers, which vary, and without the widths that follow from them."""
+    return re.sub(r"[\s─]+", " ", re.sub(r"\d[\d.,]*", "#", line)).strip()
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(block, id=f"{page.name}-{number}")
+        for page in (ROOT / "README.md", ROOT / "docs" / "01-sqlalchemy.md")
+        for number, block in enumerate(OUTPUT.finditer(page.read_text(encoding="utf-8")), 1)
+    ],
+)
+def test_output_in_a_guide_is_from_a_run(
+    block: re.Match[str], lines_of_run: Callable[[bool], set[str]]
+) -> None:
+    introduction, output = block.groups()
+    printed = lines_of_run("PostgreSQL" in introduction)
+    assert [line for line in output.splitlines() if mask(line) not in printed] == []
 
 
 def prose(page: Path) -> str:
