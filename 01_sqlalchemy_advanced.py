@@ -418,13 +418,14 @@ class Workspace:
         """Drop what was created. The directory is the caller's."""
         for engine in self._names:
             engine.dispose()
-        schemas = set(self._names.values()) if self._url is not None else set()
-        try:
-            for name in schemas:
+        left, reason = [], ""
+        for name in sorted(set(self._names.values())) if self._url is not None else ():
+            try:
                 self._execute(sa.schema.DropSchema(name, cascade=True, if_exists=True))
-        except DBAPIError as error:
-            reason = str(error.orig).partition("\n")[0]
-            logger.warning("these may stay behind: %s (%s)", ", ".join(sorted(schemas)), reason)
+            except DBAPIError as error:
+                left, reason = [*left, name], str(error.orig).partition("\n")[0]
+        if left:
+            logger.warning("these may stay behind: %s (%s)", ", ".join(left), reason)
 
     def _open(self, name: str, options: Row) -> sa.Engine:
         if self._url is None:
@@ -457,6 +458,7 @@ def seed(engine: sa.Engine, users: int) -> None:
     # The planner must know the new rows, and the index-only scan that no old versions are about.
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.exec_driver_sql("ANALYZE" if is_sqlite(engine) else "VACUUM ANALYZE")
+        connection.commit()  # what sqlite_engine began, here too: else its ANALYZE is rolled back
 
 
 def is_sqlite(engine: sa.Engine | sa.Connection) -> bool:
@@ -706,6 +708,7 @@ def demo_schema(workspace: Workspace) -> SchemaResult:
     engine = workspace.create()
     ada, *_ = next(people(1))
     with engine.begin() as connection:
+        insert_rows(connection, Country, places()[0])
         insert_rows(connection, User, [ada])
         version = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
     when, city = FIRST_DAY, {"country_code": "DE", "name": "Nowhere", "longitude": 0.0}
@@ -889,6 +892,8 @@ class UserRepository:
     def _domain_errors(self, person: Person) -> Iterator[None]:
         """A savepoint: a refused statement costs itself only."""
         try:
+            if "\0" in f"{person.email}{person.full_name}":
+                raise ValueError("a NUL byte")  # as psycopg2 does; SQLite would store it
             with self._session.begin_nested():
                 yield
         except (IntegrityError, sa.exc.DataError, ValueError) as error:  # ValueError: a NUL byte
@@ -1768,7 +1773,7 @@ def kill_backend(engine: sa.Engine, pid: int) -> None:
     with engine.connect() as connection:
         gone = connection.scalar(sa.select(sa.func.pg_terminate_backend(pid, 5_000)))  # ms
     if not gone:
-        raise TimeoutError(f"backend {pid} still runs after 5 s")
+        raise TimeoutError(f"backend {pid} was not ended within 5 s, or was not there")
 
 
 def after_kill(workspace: Workspace, engine: sa.Engine, *, pre_ping: bool) -> str:

@@ -31,7 +31,14 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from sqlalchemy.exc import IntegrityError, InvalidRequestError, StatementError
+from sqlalchemy.exc import (
+    DataError,
+    DBAPIError,
+    IntegrityError,
+    InvalidRequestError,
+    ProgrammingError,
+    StatementError,
+)
 from sqlalchemy.orm import Session
 
 pytest_plugins = ["script01"]
@@ -249,29 +256,36 @@ def test_after_seeding_the_database_numbers_on(shop: sa.Engine) -> None:
         assert (user.id, user.credit, user.version) == (SHOP_USERS + 1, Decimal("0.00"), 1)
 
 
+def test_after_seeding_the_planner_knows_the_rows(shop: sa.Engine) -> None:
+    """And on PostgreSQL an index-only scan need not visit them: every page is all-visible."""
+    orders = len(generated(SHOP_USERS)[2])
+    with shop.connect() as connection:
+        if on_sqlite(shop):
+            query = "SELECT stat FROM sqlite_stat1 WHERE idx = 'ix_orders_user_id'"
+            assert str(connection.scalar(sa.text(query))).split()[0] == str(orders)
+            return
+        query = """SELECT reltuples::int, relpages > 0, relallvisible = relpages
+                   FROM pg_class WHERE oid = to_regclass('orders')"""
+        assert tuple(connection.execute(sa.text(query)).one()) == (orders, True, True)
+
+
 # ── An honest SQLite ────────────────────────────────────────────────────────────────
 
 
-def rows_after_outer_rollback(engine: sa.Engine) -> int:
-    """A row inserted in a savepoint, then a rollback of all: how many rows are left."""
-    with engine.begin() as connection:
-        connection.execute(sa.text("CREATE TABLE item (id INTEGER)"))
-    with engine.connect() as connection:
-        with connection.begin_nested():
-            connection.execute(sa.text("INSERT INTO item VALUES (1)"))
-        connection.rollback()
-        return connection.scalar(sa.text("SELECT count(*) FROM item")) or 0
-
-
 def test_a_row_in_a_savepoint_does_not_survive_the_outer_rollback(workspace: Any) -> None:
-    assert rows_after_outer_rollback(workspace.create()) == 0
+    engine = workspace.create(users=1)
+    assert app.survivors_of_rollback(engine) == 0
+    assert counts(engine)["jobs"] == 0
 
 
-def test_trap_with_the_drivers_own_transactions_that_row_survives(tmp_path: Path) -> None:
+def test_trap_with_the_drivers_own_transactions_that_row_survives(sqlite_workspace: Any) -> None:
     """Why `sqlite_engine` is needed. When this fails, the driver or SQLAlchemy has been mended."""
-    engine = sa.create_engine(f"sqlite:///{tmp_path / 'naive'}")
-    assert rows_after_outer_rollback(engine) == 1
-    engine.dispose()
+    engine = sqlite_workspace.create(users=1)
+    as_it_comes = sa.create_engine(engine.url)
+    for rows in (1, 2):  # counted anew in each call
+        assert app.survivors_of_rollback(as_it_comes) == 1
+        assert counts(engine)["jobs"] == rows
+    as_it_comes.dispose()
 
 
 def test_foreign_keys_are_enforced_on_every_connection_of_the_pool(workspace: Any) -> None:
@@ -295,6 +309,12 @@ def test_trap_plain_sqlite_enforces_no_foreign_key(sqlite_workspace: Any) -> Non
 # ── 1. Schema and its migrations ────────────────────────────────────────────────────
 
 
+def readable(index: Any) -> dict[str, Any]:
+    """A reflected index whose condition is text: clauses compare by identity."""
+    options = {name: str(value) for name, value in index.get("dialect_options", {}).items()}
+    return {**index, "dialect_options": options}
+
+
 def snapshot(engine: sa.Engine) -> dict[str, dict[str, Any]]:
     """All that the database itself tells of its tables."""
     inspector = sa.inspect(engine)
@@ -308,7 +328,7 @@ def snapshot(engine: sa.Engine) -> dict[str, dict[str, Any]]:
             "foreign keys": sorted(inspector.get_foreign_keys(name), key=str),
             "unique": sorted(inspector.get_unique_constraints(name), key=str),
             "check": sorted(inspector.get_check_constraints(name), key=str),
-            "indexes": sorted(inspector.get_indexes(name), key=str),
+            "indexes": sorted(map(readable, inspector.get_indexes(name)), key=str),
         }
     return tables
 
@@ -344,7 +364,7 @@ NAMES = set(
     pk_addresses uq_addresses_user_id_kind ck_addresses_kind fk_addresses_user_id
     fk_addresses_city_id ix_addresses_city_id
     pk_orders ck_orders_amount fk_orders_user_id ix_orders_user_id ix_orders_placed_at_id
-    pk_jobs ck_jobs_state fk_jobs_user_id ix_jobs_user_id
+    pk_jobs ck_jobs_state fk_jobs_user_id ix_jobs_user_id ix_jobs_ready
     """.split()
 )
 
@@ -361,6 +381,20 @@ def test_the_migrated_database_has_every_table_and_every_constraint_by_its_name(
     }
     assert declared == NAMES
     assert NAMES - names_in_catalogue(engine) == set()
+
+
+def test_the_index_of_ready_jobs_holds_no_other_job(workspace: Any) -> None:
+    engine = workspace.create()
+    if on_sqlite(engine):
+        query, where = "SELECT sql FROM sqlite_master", "WHERE state = 'ready'"
+    else:  # a schema each: the name is there once for each workspace
+        query = "SELECT indexdef FROM pg_indexes WHERE schemaname = current_schema()"
+        where = "WHERE ((state)::text = 'ready'::text)"
+    with engine.connect() as connection:
+        texts = [text for text in connection.scalars(sa.text(query)) if text]
+    (definition,) = [text for text in texts if " ix_jobs_ready " in text]
+    assert definition.endswith(where)
+    assert "(id)" in definition
 
 
 def test_down_and_up_again_is_the_identity_and_base_is_empty(workspace: Any) -> None:
@@ -411,7 +445,7 @@ def test_trap_with_foreign_keys_on_altering_a_table_in_sqlite_deletes_what_refer
 
     engine = sqlite_workspace.create(users=1)
     before = counts(engine)
-    monkeypatch.setattr(app, "_foreign_keys_deferred", left_on)
+    monkeypatch.setattr(app, "_foreign_keys_off", left_on)
     app.migrate(engine, "0001_shop")
     after = counts(engine)
     assert (before["users"], after["users"]) == (1, 1)
@@ -484,6 +518,7 @@ def test_autogenerate_finds_a_model_that_no_migration_creates(workspace: Any) ->
     [
         ("ALTER TABLE jobs ADD COLUMN extra INTEGER", "remove_column"),
         ("DROP INDEX ix_orders_placed_at_id", "add_index"),
+        ("DROP INDEX ix_jobs_ready", "add_index"),
         ("CREATE INDEX ix_extra ON orders (amount)", "remove_index"),
         ("DROP TABLE jobs", "add_table"),
     ],
@@ -574,13 +609,8 @@ def test_insert_each_tells_which_rows_were_refused_and_keeps_the_others(shop: sa
 def test_demo_schema_refuses_each_bad_row_by_name(workspace: Any) -> None:
     for _run in range(2):
         result = app.demo_schema(workspace)
-        assert result.migrations == [
-            "down from 0002_credit",
-            "down from 0001_shop",
-            "up to 0001_shop",
-            "up to 0002_credit",
-        ]
-        assert result.differences == 0
+        assert result.version == "0002_credit"
+        assert result.checks == {"countries": 1, "cities": 2, "addresses": 1, "users": 3}
         by_sqlite = on_sqlite(workspace.create())
         assert result.refused_by == {
             "e-mail in capitals": "ck_users_email",
@@ -589,6 +619,29 @@ def test_demo_schema_refuses_each_bad_row_by_name(workspace: Any) -> None:
             "order of nobody": None if by_sqlite else "fk_orders_user_id",
             "91° north": "ck_cities_latitude",
         }
+
+
+def test_demo_schema_counts_only_checks_that_the_database_has(
+    workspace: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without two of its CHECKs the count is lower, and a bad row is let in."""
+
+    def drop_checks() -> None:
+        with op.batch_alter_table("cities") as cities:
+            cities.drop_constraint(op.f("ck_cities_longitude"), type_="check")
+        with op.batch_alter_table("orders") as orders:
+            orders.drop_constraint(op.f("ck_orders_amount"), type_="check")
+
+    with_migration(monkeypatch, drop_checks)
+    result = app.demo_schema(workspace)
+    assert result.version == "0003_bad"
+    assert result.checks == {"countries": 1, "cities": 1, "addresses": 1, "users": 3}
+    assert list(result.refused_by) == [
+        "e-mail in capitals",
+        "e-mail taken",
+        "order of nobody",
+        "91° north",
+    ]
 
 
 def test_a_closed_workspace_leaves_no_schema_behind(schemas_url: str, tmp_path: Path) -> None:
@@ -660,6 +713,34 @@ def test_copied_rows_belong_to_the_transaction(postgres_shop: sa.Engine) -> None
     assert app.count_rows(postgres_shop, app.Country) == 0
 
 
+GERMANY = {"code": "DE", "name": "Germany"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "state"),
+    [
+        ([GERMANY, GERMANY], IntegrityError, "23505"),
+        ([{"code": "xx", "name": "Lower"}], IntegrityError, "23514"),
+        ([{"code": "DE", "name": "x" * 61}], DataError, "22001"),
+        ([{"code": "DE", "title": "Germany"}], ProgrammingError, "42703"),
+    ],
+    ids=["duplicate", "check", "too long", "no such column"],
+)
+def test_what_copy_refuses_is_the_error_that_sqlalchemy_would_raise(
+    postgres_shop: sa.Engine, rows: Rows, error: type[DBAPIError], state: str
+) -> None:
+    with postgres_shop.connect() as connection, pytest.raises(error) as refused:
+        app.copy_rows(connection, app.Country, rows)
+    assert type(refused.value) is error
+    assert app.sqlstate(refused.value) == state
+    assert refused.value.orig is refused.value.__cause__
+    assert str(refused.value.statement).startswith("COPY countries (code, ")
+    if state in ("23505", "23514"):
+        constraint = {"23505": "pk_countries", "23514": "ck_countries_iso_code"}[state]
+        assert app.violated_constraint(refused.value) == constraint
+    assert app.count_rows(postgres_shop, app.Country) == 0
+
+
 def loaders(engine: sa.Engine) -> list[str]:
     return [name for name in app.LOADERS if name != "COPY" or not on_sqlite(engine)]
 
@@ -693,23 +774,54 @@ def test_insert_rows_of_nothing_does_nothing(shop: sa.Engine) -> None:
     assert statements == []
 
 
-def test_demo_bulk_load_compares_all_ways_and_stores_nothing(shop: sa.Engine) -> None:
-    before = counts(shop)
+def test_demo_bulk_load_compares_all_ways_and_stores_nothing(workspace: Any) -> None:
     for _run in range(2):
-        result = app.demo_bulk_load(shop, SHOP_USERS)
+        result = app.demo_bulk_load(workspace, SHOP_USERS)
+        engine = list(workspace._names)[-1]  # the demo's own
         assert (result.rows, result.same_rows) == (10 * SHOP_USERS, True)
-        assert list(result.seconds) == loaders(shop)
+        assert list(result.seconds) == loaders(engine)
         assert min(result.seconds.values()) > 0
-    assert counts(shop) == before
+        users, addresses, orders = map(len, generated(SHOP_USERS))
+        stored = counts(engine)
+        assert (stored["users"], stored["addresses"], stored["orders"]) == (
+            users, addresses, orders,
+        )  # fmt: skip
+    assert len(workspace._names) == 2
+
+
+def test_demo_bulk_load_leaves_the_database_of_the_other_demos_alone(workspace: Any) -> None:
+    engine = workspace.create(users=5)
+    with app.count_queries(engine) as statements:
+        app.demo_bulk_load(workspace, 5)
+    assert statements == []
+
+
+@pytest.mark.parametrize(
+    ("users", "seeded", "rows"), [(1, 1, 10), (4, 3, 40), (9, 3, 90), (6_000, 3, 50_000)]
+)
+def test_demo_bulk_load_is_bounded_at_any_scale(
+    sqlite_workspace: Any, monkeypatch: pytest.MonkeyPatch, users: int, seeded: int, rows: int
+) -> None:
+    loaded: list[tuple[int, set[int]]] = []
+
+    def count(_session: Session, batch: Rows) -> None:
+        loaded.append((len(batch), {row["user_id"] for row in batch}))
+
+    monkeypatch.setattr(app, "DEFAULT_USERS", 3)
+    monkeypatch.setattr(app, "LOADERS", {"session.add_all": count})
+    assert app.demo_bulk_load(sqlite_workspace, users).rows == rows
+    assert counts(next(iter(sqlite_workspace._names)))["users"] == seeded
+    assert {size for size, _ in loaded} == {rows}
+    assert all(ids == set(range(1, seeded + 1)) for _, ids in loaded)
 
 
 def test_demo_bulk_load_notices_a_way_that_loses_a_row(
-    shop: sa.Engine, monkeypatch: pytest.MonkeyPatch
+    workspace: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     core = app.LOADERS["Core insert(Order)"]
     lossy = {**app.LOADERS, "Core insert(Order)": lambda s, rows: core(s, rows[1:])}
     monkeypatch.setattr(app, "LOADERS", lossy)
-    assert app.demo_bulk_load(shop, 5).same_rows is False
+    assert app.demo_bulk_load(workspace, 5).same_rows is False
 
 
 # ── 3. Repository and unit of work ──────────────────────────────────────────────────
@@ -894,6 +1006,34 @@ def test_an_error_of_the_domain_shows_neither_sql_nor_the_row(shop: sa.Engine, m
         with pytest.raises(app.UserNotFound) as missing:
             work.users.remove("nobody@example.com")
         assert str(missing.value) == "nobody@example.com"
+
+
+@pytest.mark.parametrize("method", ["add", "save"])
+@pytest.mark.parametrize(
+    ("email", "name"),
+    [
+        ("n\0ul@example.com", "Name"),
+        ("nul@exa\0mple.com", "Name"),
+        ("nul@example.com\0", "Name"),
+        ("nul@example.com", "Secret\0Name"),
+        ("nul@example.com", "\0"),
+        ("nul@example.com", "lone surrogate \ud800"),
+    ],
+)
+def test_what_no_engine_stores_as_text_is_an_invalid_user_and_costs_itself_only(
+    workspace: Any, method: str, email: str, name: str
+) -> None:
+    engine = workspace.create()
+    with app.UnitOfWork(engine) as work:
+        work.users.add(person("ada@example.com", "Ada"))
+        with pytest.raises(app.InvalidUser) as error:
+            getattr(work.users, method)(person(email, name))
+        assert str(error.value) == "refused by a column type"
+        assert error.value.__cause__ is None
+        assert error.value.__suppress_context__
+        work.users.add(person("alan@example.com", "Alan"))
+        work.commit()
+    assert stored_users(engine) == {"ada@example.com": ("Ada", 1), "alan@example.com": ("Alan", 1)}
 
 
 def test_removing_a_user_removes_addresses_orders_and_jobs_and_nobody_else(workspace: Any) -> None:
@@ -1087,6 +1227,60 @@ def test_the_rolling_window_sums_the_last_months(shop: sa.Engine, months: int) -
         session.rollback()
     assert [tuple(row) for row in rows] == expected
     assert sa.inspect(shop).get_view_names() == []
+
+
+@pytest.mark.parametrize(
+    ("months", "rolling"),
+    [
+        (1, ["10.00", "5.00", "1.00", "20.00", "0.25"]),
+        (2, ["10.00", "15.00", "1.00", "21.00", "0.25"]),
+        (3, ["10.00", "15.00", "6.00", "21.00", "0.25"]),
+        (4, ["10.00", "15.00", "16.00", "26.00", "20.25"]),
+        (100, ["10.00", "15.00", "16.00", "36.00", "36.25"]),
+    ],
+)
+def test_a_month_without_orders_is_a_month_of_the_rolling_window(
+    workspace: Any, months: int, rolling: list[str]
+) -> None:
+    """October, November, no December, January, February, nothing till May: by hand."""
+    moments = {
+        "4.00": at(2024, 10, 1),
+        "6.00": at(2024, 10, 31, 23, 59, 59),
+        "5.00": at(2024, 11, 30),
+        "1.00": at(2025, 1, 31),
+        "20.00": at(2025, 2, 1),
+        "0.25": at(2025, 5, 1),
+    }
+    orders = [{**ORDER, "placed_at": m, "amount": Decimal(a)} for a, m in moments.items()]
+    engine = fill(workspace.create(), users=[user_row(1, at(2024, 1, 1))], orders=orders)
+    revenue = ["10.00", "5.00", "1.00", "20.00", "0.25"]
+    with Session(engine) as session:
+        view = app.revenue_view()
+        session.execute(view)
+        rows = [tuple(row) for row in session.execute(app.rolling_revenue(view.table, months))]
+        session.rollback()
+    numbers = [2024 * 12 + 9, 2024 * 12 + 10, 2025 * 12, 2025 * 12 + 1, 2025 * 12 + 4]
+    assert rows == [
+        (number, Decimal(each), Decimal(total))
+        for number, each, total in zip(numbers, revenue, rolling, strict=True)
+    ]
+    assert app.demo_toolbox(engine).rolling_agrees is True
+
+
+def test_demo_toolbox_notices_a_window_that_counts_rows_for_months(
+    workspace: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orders = [{**ORDER, "placed_at": at(2024, month, 1)} for month in (1, 2, 6)]
+    engine = fill(workspace.create(), users=[user_row(1, at(2024, 1, 1))], orders=orders)
+    assert app.demo_toolbox(engine).rolling_agrees is True
+
+    def by_rows(view: sa.Table, months: int) -> sa.Select[Any]:
+        month, revenue = view.c.month, view.c.revenue
+        total = sa.func.sum(revenue).over(order_by=month, rows=(1 - months, 0))
+        return sa.select(month, revenue, total).order_by(month)
+
+    monkeypatch.setattr(app, "rolling_revenue", by_rows)
+    assert app.demo_toolbox(engine).rolling_agrees is False
 
 
 def test_the_association_proxy_finds_who_has_an_address_in_a_city(shop: sa.Engine) -> None:
@@ -1351,6 +1545,41 @@ def test_demo_analytics_on_the_tiny_data_shows_the_retention_of_all_cohorts(
     assert result.retention == {1: 3 / 8, 3: 0 / 4, 6: 0 / 3, 12: 1 / 3}
 
 
+def test_the_cohorts_are_shown_by_months_since_signing_up(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of January and July those old enough for every column; and all cohorts together."""
+    jan, feb, jul, next_jan = JAN_24, FEB_24, JAN_24 + 6, JAN_25
+    cohorts = [
+        (jan, 0, 8, 8), (jan, 1, 4, 8), (jan, 6, 1, 8), (feb, 1, 1, 2), (jul, 1, 3, 3),
+        (next_jan, 0, 1, 5),
+    ]  # fmt: skip
+    app.show_cohorts(cohorts, {1: 0.5, 6: 0.125})
+    assert capsys.readouterr().out.splitlines() == [
+        "  cohort   users  month 1  month 6",
+        "  2024-01      8      50%      12%",
+        "  2024-07      3     100%       0%",
+        "  all         18      50%      12%",
+    ]
+
+
+def test_no_cohorts_are_shown_as_nobody(capsys: pytest.CaptureFixture[str]) -> None:
+    app.show_cohorts([], {})
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["cohort", "users"],
+        ["all", "0"],
+    ]
+
+
+def test_demo_analytics_shows_the_cohorts(
+    tiny: sa.Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    app.demo_analytics(tiny)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["2024-01", "2", "100%", "0%", "0%", "50%"] in lines
+    assert ["all", "8", "38%", "0%", "0%", "33%"] in lines
+
+
 def expected_retention(users: int) -> dict[int, float]:
     joined = {user["id"]: month_of(user["created_at"]) for user in generated(users)[0]}
     orders = generated(users)[2]
@@ -1403,7 +1632,7 @@ def test_distances_agree_to_a_millimetre_and_everything_else_exactly() -> None:
 def test_the_demos_run_on_the_smallest_data(workspace: Any, users: int) -> None:
     engine = workspace.create(users=users)
     before = counts(engine)
-    assert app.demo_bulk_load(engine, users).same_rows
+    assert app.demo_bulk_load(workspace, users).same_rows
     assert app.demo_n_plus_one(engine, users).same_answer
     assert app.demo_toolbox(engine).rolling_agrees
     assert all(app.demo_analytics(engine).agree.values())
