@@ -418,7 +418,8 @@ class Workspace:
         """Drop what was created. The directory is the caller's."""
         for engine in self._names:
             engine.dispose()
-        left, reason = [], ""
+        left: list[str] = []
+        reason = ""
         for name in sorted(set(self._names.values())) if self._url is not None else ():
             try:
                 self._execute(sa.schema.DropSchema(name, cascade=True, if_exists=True))
