@@ -864,7 +864,7 @@ def test_a_backend_that_does_not_end_in_time_is_an_error(
         )
     options = f"-c search_path={schema},pg_catalog"
     stubborn = workspace.reopen(engine, connect_args={"options": options})
-    with pytest.raises(TimeoutError, match="backend 4711 still runs after 5 s"):
+    with pytest.raises(TimeoutError, match="backend 4711 was not ended within 5 s"):
         script.kill_backend(stubborn, 4711)
     with script.count_queries(stubborn) as statements, pytest.raises(TimeoutError):
         script.kill_backend(stubborn, 4711)
