@@ -501,6 +501,8 @@ class Server(abc.ABC):
                 self.kill()
                 if attempt == attempts or all(map(_is_free, self._ports)):
                     raise
+                # mongod has written half of its first data before it finds its port taken.
+                shutil.rmtree(self._run.home(self.name, self.user))
         self.ready_s = time.monotonic() - started
 
     def _bring_up(self, deadline: float) -> None:
