@@ -897,11 +897,11 @@ class RabbitMQ(Server):
         return super()._launch(name, command, **settings, **environment)
 
     def _probe(self) -> None:
-        import pika  # type: ignore[import-untyped, unused-ignore]
-        from pika.adapters.utils.connection_workflow import (  # type: ignore[import-untyped, unused-ignore]
+        import pika
+        from pika.adapters.utils.connection_workflow import (
             AMQPConnectorException,  # of a timeout, and no AMQPError
         )
-        from pika.exceptions import AMQPError  # type: ignore[import-untyped, unused-ignore]
+        from pika.exceptions import AMQPError
 
         parameters = pika.URLParameters(self.url)
         parameters.socket_timeout = parameters.stack_timeout = PROBE_TIMEOUT_S
