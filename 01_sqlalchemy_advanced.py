@@ -2003,7 +2003,7 @@ def demo_migration(workspace: Workspace, directory: Path, users: int) -> Migrati
     source.dispose()
     if is_sqlite(target):
         note("the target is a second SQLite file; with DATABASE_URL it is PostgreSQL")
-    conclude(f"{arrived:,} of {total:,} rows arrived across a power cut, each sent batch whole")
+    conclude(f"{arrived:,} of {total:,} rows arrived across a power cut")
     return MigrationResult(steps, differences, (before, after, total), next_id)
 
 
@@ -2103,7 +2103,8 @@ def demo_security(workspace: Workspace) -> SecurityResult:
     fact("the refused row is in", ", ".join(f"{name}: {shown}" for name, shown in shows.items()))
     if not is_sqlite(engine):
         note("PostgreSQL's own DETAIL repeats the row, past hide_parameters")
-    conclude("a bound parameter, a slow salted hash, and a domain error that keeps the row")
+    shown = shows["InvalidUser"]
+    conclude(f"bound, the attack matches {matches[1]}; the domain error shows the row: {shown}")
     return SecurityResult(matches, verified, weak, shows)
 
 
