@@ -738,6 +738,9 @@ class Mongo(Server):
             "--bind_ip", "127.0.0.1", "--port", str(self.port), "--nounixsocket",
             "--replSet", "rs0", "--keyFile", str(key_file),
             "--wiredTigerCacheSizeGB", "0.25",  # the default is half of the machine's memory
+            # Small, and with a checkpoint every two seconds (a checkpoint is what lets it be cut):
+            # script 02 fills it, to show a change stream whose resume token has fallen out of it.
+            "--oplogSize", "64", "--syncdelay", "2",
         ]  # fmt: skip
 
     def _probe(self) -> None:
