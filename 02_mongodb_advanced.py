@@ -299,7 +299,8 @@ class HistoryLost(DatabaseError):
 def translate(error: PyMongoError) -> DatabaseError:
     """The domain's error for the driver's. It holds no value of any document."""
     details = getattr(error, "details", None) or {}
-    first = (details.get("writeErrors") or [details])[0]  # of a bulk write, its first
+    of_bulk = details.get("writeErrors") or details.get("writeConcernErrors")
+    first = of_bulk[0] if of_bulk else details
     code = first.get("code", getattr(error, "code", None))
     labels = filter(error.has_error_label, LABELS)
     if error.timeout or code == TIME_LIMIT_EXCEEDED:
@@ -2148,7 +2149,12 @@ def batches(
 
 def settle(batch: Batch, error: BulkWriteError, report: LoadReport) -> list[RawBSONDocument]:
     """Book an unordered insert of which some were refused; returns those whose `_id` was taken:
-    perhaps by themselves, in an attempt whose answer was lost."""
+    perhaps by themselves, in an attempt whose answer was lost.
+
+    Raises `error` where the write concern was not met: stored, perhaps, but not for good.
+    """
+    if error.details["writeConcernErrors"]:
+        raise error
     taken = []
     for failure in error.details["writeErrors"]:
         position = failure["index"]
@@ -2166,27 +2172,35 @@ def settle_taken(
     report: LoadReport,
 ) -> None:  # fmt: skip
     """Those of the same `_id` that are stored byte for byte are no loss; others are rejected."""
-    there = {document["_id"]: document.raw for document in stored}
+    there = {_key(document): document.raw for document in stored}
     index_of = {id(d): i for d, i in zip(batch.documents, batch.indexes, strict=True)}
     for document in taken:
-        if there.get(document["_id"]) == document.raw:
+        if there.get(_key(document)) == document.raw:
             report.already_there += 1
         else:
             reason = "taken: _id, by another document"
             report.rejected.append(Rejected(index_of[id(document)], DUPLICATE_KEY, reason))
 
 
+def _key(document: RawBSONDocument) -> bytes:
+    return bson.encode({"_id": document["_id"]})  # an `_id` may be a document: not hashable
+
+
 RAW: CodecOptions[RawBSONDocument] = CodecOptions(document_class=RawBSONDocument)
 
 
-def unreadable(batch: Batch, error: OperationFailure, report: LoadReport) -> bool:
-    """Whether the server refused the command as a whole for what one document holds, such as
-    nesting beyond its depth. Books the document where it is the only one; raises other errors."""
+def isolate(batch: Batch, error: OperationFailure, report: LoadReport) -> tuple[Batch, ...]:
+    """What to try after the server refused a whole command for what one document holds, such as
+    nesting beyond its depth: the halves, until that document is alone, and is booked.
+
+    Raises other errors.
+    """
     if error.code not in UNREADABLE:
         raise error
-    if len(batch.documents) == 1:
-        report.rejected.append(Rejected(batch.indexes[0], error.code, str(translate(error))))
-    return True
+    if len(batch.documents) > 1:
+        return batch.halves()
+    report.rejected.append(Rejected(batch.indexes[0], error.code, str(translate(error))))
+    return ()
 
 
 class BulkManager:
@@ -2229,9 +2243,8 @@ class BulkManager:
                 found = self._collection.find({"_id": {"$in": [d["_id"] for d in taken]}})
                 settle_taken(batch, taken, found, report)
         except OperationFailure as error:
-            if unreadable(batch, error, report) and len(batch.documents) > 1:
-                for half in batch.halves():
-                    self._insert(half, report)
+            for half in isolate(batch, error, report):
+                self._insert(half, report)
 
     def write(
         self, operations: Sequence[InsertOne[Document] | UpdateOne], *, ordered: bool
@@ -2245,6 +2258,8 @@ class BulkManager:
                 target: Collection[Document] = self._collection.with_options(CODEC)
                 return dict(target.bulk_write(operations, ordered=ordered).bulk_api_result), []
         except BulkWriteError as error:
+            if error.details["writeConcernErrors"]:
+                raise translate(error) from None
             refused = [
                 Rejected(f["index"], f["code"], str(translate(OperationFailure("", f["code"], f))))
                 for f in error.details["writeErrors"]
@@ -2429,19 +2444,23 @@ class Ledger:
     ) -> None:
         self._accounts, self._timeout_s = accounts, timeout_s
 
-    def transfer(self, source: object, target: object, amount: Decimal) -> int:
+    def transfer(self, source: object, target: object, amount: Decimal, key: object = None) -> int:
         """Move `amount` in one transaction; returns how many attempts it took.
 
         The driver repeats the whole where a label says TransientTransactionError, and the commit
         where it says UnknownTransactionCommitResult, until the timeout. Raises InsufficientFunds,
         UnknownAccount (both: nothing was moved), ValueError unless 0 < amount, and TimedOut or
-        Unreachable, after which it is unknown: ask for the transfer by an id before repeating.
+        Unreachable, after which it is unknown. Then repeat it with the same `key`: it is booked in
+        `transfers` together with the money, and a second time raises DuplicateKey.
         """
         check_amount(amount)
         attempts = itertools.count()
 
         def work(session: ClientSession) -> None:
             next(attempts)
+            if key is not None:
+                booked = {"_id": key, "source": source, "target": target, "amount": amount}
+                self._accounts.database.transfers.insert_one(booked, session=session)
             changed = self._accounts.update_one(*debit(source, amount), session=session)
             if not changed.modified_count:
                 known = self._accounts.find_one({"_id": source}, session=session)
@@ -2503,6 +2522,7 @@ class TransactionResult:
     conflict: tuple[int | None, frozenset[str]]
     sent: dict[str, str]  # what the command carried for a concern
     unmet: int | None  # the code of a write concern that the set cannot satisfy
+    repeated: tuple[str, Decimal]  # what repeating a transfer's key raised, what was moved
 
 
 OPENING = Decimal("1000.00")
@@ -2530,12 +2550,14 @@ def demo_transactions(workspace: Workspace | None) -> TransactionResult | Offlin
     database.accounts.update_many({}, {"$set": {"balance": OPENING}})
     fact("two naive transfers", f"total {naive[0]} → {naive[1]}")
     attempts, snapshots, differing = _race(ledger, before)
+    repeated = _transfer_twice(ledger, database.accounts)
     after, transfers = ledger.total(), WRITERS * TRANSFERS_EACH
     fact(
         f"{WRITERS} writers",
         f"{transfers} transfers in {attempts} attempts, total {before} → {after}",
     )
     fact("read meanwhile", f"{snapshots} snapshots, {differing} with another total")
+    fact("1.00, sent twice", "{}; moved: {}".format(*repeated))
     conflict = provoke_conflict(database.accounts)
     fact("a conflict", f"{conflict}, labelled {', '.join(sorted(conflict.labels))}")
     sent = _concerns(workspace, database)
@@ -2555,8 +2577,19 @@ def demo_transactions(workspace: Workspace | None) -> TransactionResult | Offlin
     )
     return TransactionResult(
         naive, (before, after, differing), transfers, attempts, snapshots,
-        (conflict.code, conflict.labels), sent, unmet,
+        (conflict.code, conflict.labels), sent, unmet, repeated,
     )  # fmt: skip
+
+
+def _transfer_twice(ledger: Ledger, accounts: Collection[Document]) -> tuple[str, Decimal]:
+    """As after a timeout, when nobody knows: (what the second one is told, what was moved)."""
+    before, told = (accounts.find_one({"_id": 0}) or {})["balance"], ""
+    for _attempt in range(2):
+        try:
+            ledger.transfer(0, 1, Decimal(1), key="invoice 17")
+        except DuplicateKey as error:
+            told = f"DuplicateKey: {error}"
+    return told, before - (accounts.find_one({"_id": 0}) or {})["balance"]
 
 
 def _race_naively(accounts: Collection[Document], ledger: Ledger) -> Decimal:
@@ -2900,9 +2933,8 @@ class AsyncManager:
                 found = collection.find({"_id": {"$in": [d["_id"] for d in taken]}})
                 settle_taken(batch, taken, cast(Any, await found.to_list()), report)
         except OperationFailure as error:
-            if unreadable(batch, error, report) and len(batch.documents) > 1:
-                for half in batch.halves():
-                    await self._insert(name, half, report)
+            for half in isolate(batch, error, report):
+                await self._insert(name, half, report)
 
     async def run(self, collection: str, pipeline: Sequence[Document]) -> list[Document]:
         """As AggregationManager.run."""
@@ -2911,13 +2943,18 @@ class AsyncManager:
             cursor = await self._database[collection].aggregate(pipeline, allowDiskUse=True)
             return [document async for document in cursor]
 
-    async def transfer(self, source: object, target: object, amount: Decimal) -> int:
+    async def transfer(
+        self, source: object, target: object, amount: Decimal, key: object = None
+    ) -> int:
         """As Ledger.transfer, in the collection `accounts`."""
         check_amount(amount)
         accounts, attempts = self._database.accounts, itertools.count()
 
         async def work(session: AsyncClientSession) -> None:
             next(attempts)
+            if key is not None:
+                booked = {"_id": key, "source": source, "target": target, "amount": amount}
+                await self._database.transfers.insert_one(booked, session=session)
             changed = await accounts.update_one(*debit(source, amount), session=session)
             if not changed.modified_count:
                 known = await accounts.find_one({"_id": source}, session=session)
