@@ -854,7 +854,7 @@ def log_in(users: Collection[Document], name: object, password: object) -> bool:
 @dataclass(frozen=True)
 class ValidationResult:
     refused: dict[str, str]  # bad document → the broken rules
-    codes: frozenset[int | None]
+    codes: tuple[int | None, ...]  # of the refusals
     warned: bool  # whether validationAction "warn" stored a bad document
     violations: int
     updates: dict[str, bool]  # validationLevel → whether an old invalid document may be updated
@@ -921,7 +921,7 @@ def demo_validation(workspace: Workspace | None, shop: Shop) -> ValidationResult
         f"the same: let in: {logins['guarded']}; the right one: {logins['right']}",
     )
     conclude(f"{len(refused)} of {len(BAD_CUSTOMERS)} bad documents refused by the server")
-    return ValidationResult(refused, frozenset(codes), warned, violations, updates, logins)
+    return ValidationResult(refused, tuple(codes), warned, violations, updates, logins)
 
 
 def _attack(users: Collection[Document]) -> dict[str, bool]:
@@ -2519,7 +2519,7 @@ class TransactionResult:
     transfers: int
     attempts: int
     snapshots: int
-    conflict: tuple[int | None, frozenset[str]]
+    conflict: tuple[int | None, tuple[str, ...]]  # code, labels
     sent: dict[str, str]  # what the command carried for a concern
     unmet: int | None  # the code of a write concern that the set cannot satisfy
     repeated: tuple[str, Decimal]  # what repeating a transfer's key raised, what was moved
@@ -2577,7 +2577,7 @@ def demo_transactions(workspace: Workspace | None) -> TransactionResult | Offlin
     )
     return TransactionResult(
         naive, (before, after, differing), transfers, attempts, snapshots,
-        (conflict.code, conflict.labels), sent, unmet, repeated,
+        (conflict.code, tuple(sorted(conflict.labels))), sent, unmet, repeated,
     )  # fmt: skip
 
 
@@ -2675,6 +2675,7 @@ def _transactions_offline() -> Offline:
 Change = Mapping[str, Any]
 Handle = Callable[[Change, ClientSession], object]
 ENDINGS = ("drop", "dropDatabase", "rename", "invalidate")  # after which no change comes
+KEEP_UP_S = 10.0  # between two tokens stored without a change: well within any oplog
 MOST_FAILURES = 5  # in a row without a change between: each has waited for the server's return
 
 
@@ -2687,6 +2688,7 @@ class ChangeConsumer:
         self, source: Collection[Document], tokens: Collection[Document], name: str
     ) -> None:
         self._source, self._tokens, self._name = source, tokens, name
+        self._kept_up = time.monotonic()
 
     def start(self) -> None:
         """Begin at this moment, unless a position is stored. Changes from here on are not missed,
@@ -2717,6 +2719,7 @@ class ChangeConsumer:
                 with self._open() as stream:
                     while not stop(handled):
                         if (change := stream.try_next()) is None:
+                            self._keep_up(stream.resume_token)
                             continue
                         if change["operationType"] in ENDINGS:
                             raise HistoryLost(f"the collection's {change['operationType']}")
@@ -2742,6 +2745,13 @@ class ChangeConsumer:
 
         with self._source.database.client.start_session() as session:
             session.with_transaction(work, write_concern=DURABLE)
+
+    def _keep_up(self, token: Any) -> None:
+        """Move on past the changes of others: the position of a quiet collection would else fall
+        out of a busy oplog."""
+        if time.monotonic() - self._kept_up >= KEEP_UP_S:
+            self._store(token)
+            self._kept_up = time.monotonic()
 
     def _position(self) -> Any:
         return (self._tokens.find_one({"_id": self._name}) or {}).get("token")
