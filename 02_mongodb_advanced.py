@@ -3093,9 +3093,11 @@ async def _look_up_all_ways(
 ) -> tuple[dict[str, float], list[list[object]]]:
     uri, options = workspace.uri, client_options(workspace.uri, OPERATION_TIMEOUT_S)
     motor: AsyncIOMotorClient[Document] = AsyncIOMotorClient(uri, **options)
+    blocking = MongoClient[Document](uri, **options)  # like the others, without a CommandLog
+    by_threads = blocking.get_database(database.name, codec_options=CODEC)
     async with AsyncMongoClient[Document](uri, **options) as client:
         ways: dict[str, Callable[[], Awaitable[list[object]]]] = {
-            "threads": lambda: asyncio.to_thread(look_up_by_threads, database, keys),
+            "threads": lambda: asyncio.to_thread(look_up_by_threads, by_threads, keys),
             "PyMongo asyncio": lambda: look_up_by_pymongo(client, database.name, keys),
             "Motor": lambda: look_up_by_motor(motor, database.name, keys),
         }
@@ -3108,6 +3110,7 @@ async def _look_up_all_ways(
                 if number == 0:
                     answers.append(found)
     motor.close()
+    blocking.close()
     return best, answers
 
 
