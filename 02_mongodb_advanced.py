@@ -304,7 +304,7 @@ def translate(error: PyMongoError) -> DatabaseError:
     code = first.get("code", getattr(error, "code", None))
     labels = filter(error.has_error_label, LABELS)
     if error.timeout or code == TIME_LIMIT_EXCEEDED:
-        return TimedOut("no answer before the deadline", code, labels)
+        return TimedOut(f"no answer before the deadline: {type(error).__name__}", code, labels)
     if code == DUPLICATE_KEY:
         return DuplicateKey(f"taken: {', '.join(first.get('keyPattern', {}))}", code, labels)
     if code == REFUSED_BY_SCHEMA:
@@ -450,7 +450,7 @@ def _client(uri: str, timeout_s: float, *listeners: CommandLog) -> MongoClient[D
     except (ConfigurationError, ValueError, UserWarning, OSError) as error:
         resolving = error.__cause__  # of mongodb+srv, dnspython's
         if resolving is not None and type(resolving).__module__.startswith("dns."):
-            reason = f"{type(resolving).__name__}: {resolving}"
+            reason = f"{type(resolving).__name__}: {resolving}".rstrip(".")
             raise config.ServiceUnavailable("MongoDB", reason, uri) from error
         raise config.ConfigError(f"MONGODB_URI: {config.redact(str(error))}") from error
 
@@ -487,12 +487,12 @@ def _accepts(host: str, port: int | None, timeout_s: float) -> bool:
 
 def in_words(topology: TopologyDescription) -> str:
     """A topology as one sentence: its type, and each server with its type or error."""
-    servers = [
-        f"{host}:{port} {server.server_type_name}"
-        + (f" ({str(server.error).partition(' (configured')[0]})" if server.error else "")
-        for (host, port), server in sorted(topology.server_descriptions().items(), key=str)
-    ]
-    return f"{topology.topology_type_name}: {', '.join(servers) or 'no member that fits'}"
+    servers = []
+    for (host, port), server in sorted(topology.server_descriptions().items(), key=str):
+        reason = str(server.error or "").partition(" (configured")[0]
+        reason = reason.removeprefix(f"{host}:{port}: ")
+        servers.append(f"{host}:{port} is {server.server_type_name} ({reason or 'no error'})")
+    return f"topology {topology.topology_type_name}: {', '.join(servers) or 'no member that fits'}"
 
 
 class Workspace:
@@ -525,7 +525,8 @@ class Workspace:
                     break
         if left:
             logger.warning("these databases may stay behind: %s", ", ".join(left))
-        self.client.close()
+        with pymongo.timeout(1):  # the sessions and cursors of a dead server are dead, too
+            self.client.close()
 
 
 Rows = Callable[[str], Iterable[Document]]  # collection → its documents
@@ -642,6 +643,7 @@ class DesignResult:
     limit: tuple[int, int | None, bool]  # MiB accepted, code, document still whole
 
 
+@domain_errors()
 def demo_design(workspace: Workspace | None, shop: Shop) -> DesignResult | Offline:
     """1. Document design: embed, refer, bucket, subset, and arrays that must not grow.
 
@@ -874,6 +876,7 @@ BAD_CUSTOMERS: dict[str, Document] = {
 INJECTION = {"$ne": None}  # as the JSON of a request brings it
 
 
+@domain_errors()
 def demo_validation(workspace: Workspace | None, shop: Shop) -> ValidationResult | Offline:
     """2. Validation: a schema in the server, tightened under the data; injection defeated.
 
@@ -1410,6 +1413,7 @@ class AggregationResult:
     view: ViewResult
 
 
+@domain_errors()
 def demo_aggregation(workspace: Workspace | None, shop: Shop) -> AggregationResult | Offline:
     """3. Aggregation: nine pipelines, each checked by plain Python.
 
@@ -1665,6 +1669,7 @@ class IndexResult:
     usage: dict[str, int]  # index → how often it served
 
 
+@domain_errors()
 def demo_indexes(workspace: Workspace | None, index_documents: int) -> IndexResult | Offline:
     """4. Indexes: eleven kinds, the plan before and after each.
 
@@ -1860,6 +1865,7 @@ def nearest(database: Database[Document], origin: Document, limit: int) -> list[
     return AggregationManager(database).run("cities", pipeline)
 
 
+@domain_errors()
 def demo_geospatial(workspace: Workspace | None, shop: Shop) -> GeoResult | Offline:
     """5. Geospatial: the nearest, what lies within, what a route crosses.
 
@@ -2013,6 +2019,7 @@ class TimeSeriesResult:
     agrees: bool
 
 
+@domain_errors()
 def demo_time_series(workspace: Workspace | None, shop: Shop) -> TimeSeriesResult | Offline:
     """6. Time series: buckets that the server makes, down-sampled, and smaller on disk.
 
@@ -2290,6 +2297,7 @@ class BulkResult:
     again: LoadReport
 
 
+@domain_errors()
 def demo_bulk(workspace: Workspace | None) -> BulkResult | Offline:
     """7. Bulk: one round trip for many, and the one bad document in a thousand.
 
@@ -2529,6 +2537,7 @@ OPENING = Decimal("1000.00")
 ACCOUNTS, WRITERS, TRANSFERS_EACH = 10, 8, 25
 
 
+@domain_errors()
 def demo_transactions(workspace: Workspace | None) -> TransactionResult | Offline:
     """8. Transactions and concerns: money moves under eight writers, and none is lost.
 
@@ -2676,7 +2685,7 @@ Change = Mapping[str, Any]
 Handle = Callable[[Change, ClientSession], object]
 ENDINGS = ("drop", "dropDatabase", "rename", "invalidate")  # after which no change comes
 KEEP_UP_S = 10.0  # between two tokens stored without a change: well within any oplog
-MOST_FAILURES = 5  # in a row without a change between: each has waited for the server's return
+MOST_FAILURES = 3  # in a row without a change between: each has waited for the server's return
 
 
 class ChangeConsumer:
@@ -2743,7 +2752,8 @@ class ChangeConsumer:
             handle(change, session)
             self._store(change["_id"], session)
 
-        with self._source.database.client.start_session() as session:
+        client = self._source.database.client
+        with pymongo.timeout(OPERATION_TIMEOUT_S), client.start_session() as session:
             session.with_transaction(work, write_concern=DURABLE)
 
     def _keep_up(self, token: Any) -> None:
@@ -2787,6 +2797,7 @@ class ChangeStreamResult:
 OPLOG_TO_FILL = 128 * 2**20  # bytes; a larger oplog is not filled for a demo
 
 
+@domain_errors()
 def demo_change_streams(workspace: Workspace | None) -> ChangeStreamResult | Offline:
     """9. Change streams: a consumer that is stopped and resumed, and misses nothing.
 
@@ -2805,13 +2816,13 @@ def demo_change_streams(workspace: Workspace | None) -> ChangeStreamResult | Off
     handle: Handle = partial(copy_change, database["copy"])
     written = 60
     database.orders.insert_many([{"_id": n, "total": n} for n in range(40)])
-    first = consumer.run(handle, until(20))
-    fact("stopped", f"after {first} of 40 changes; the other 20 and what follows wait in the oplog")
+    first = consume(consumer, handle, 20)
+    fact("stopped", f"after {first} of 40 changes; the others and what follows wait in the oplog")
     database.orders.bulk_write([UpdateOne({"_id": n}, {"$inc": {"total": 100}}) for n in range(10)])
     database.orders.delete_many({"_id": {"$lt": 10}})
     resumed = ChangeConsumer(database.orders, database.tokens, "copy")
     came_again = _fail_once(resumed, handle)
-    second = 1 + resumed.run(handle, until(written - first - 1))
+    second = 1 + consume(resumed, handle, written - first - 1)
     equal = list(database.orders.find(sort={"_id": 1})) == list(
         database["copy"].find(sort={"_id": 1})
     )
@@ -2826,10 +2837,15 @@ def demo_change_streams(workspace: Workspace | None) -> ChangeStreamResult | Off
     return ChangeStreamResult(written, (first, second), equal, came_again, code, resynchronised)
 
 
-def until(count: int, timeout_s: float = OPERATION_TIMEOUT_S) -> Callable[[int], bool]:
-    """A `stop` for `ChangeConsumer.run`: after `count` changes, or when it takes too long."""
+def consume(
+    consumer: ChangeConsumer, handle: Handle, count: int, timeout_s: float = OPERATION_TIMEOUT_S
+) -> int:
+    """Handle `count` changes; raises TimedOut where they do not come."""
     deadline = time.monotonic() + timeout_s
-    return lambda handled: handled >= count or time.monotonic() > deadline
+    handled = consumer.run(handle, lambda n: n >= count or time.monotonic() > deadline)
+    if handled < count:
+        raise TimedOut(f"{handled} of {count} changes came in {timeout_s:g} s")
+    return handled
 
 
 def _fail_once(consumer: ChangeConsumer, handle: Handle) -> bool:
@@ -2844,7 +2860,7 @@ def _fail_once(consumer: ChangeConsumer, handle: Handle) -> bool:
 
     for _attempt in range(2):
         try:
-            consumer.run(note_and, until(1))
+            consume(consumer, note_and, 1)
         except LookupError:
             logger.debug("the handler raised, as it was to")
     return bool(given[0] == given[1])
@@ -2876,7 +2892,7 @@ def _lose_history(
     filled = _fill_oplog(workspace, database, stats["maxSize"])
     database.orders.insert_one({"_id": "late"})
     try:
-        consumer.run(handle, until(1, 1))
+        consume(consumer, handle, 1)
         note("the token was still in the oplog after 30 s")
         return None, None
     except HistoryLost as error:
@@ -2884,7 +2900,7 @@ def _lose_history(
         code = error.code
     resynchronise(consumer, database.orders, database["copy"])
     database.orders.insert_one({"_id": "after"})
-    consumer.run(handle, until(1))
+    consume(consumer, handle, 1)
     whole = database["copy"].count_documents({}) == database.orders.count_documents({})
     fact("read anew", f"position first, then the copy: nothing is missing: {whole}")
     return code, whole
@@ -3056,6 +3072,7 @@ class AsyncResult:
     spent: tuple[Decimal, Decimal]  # Motor, PyMongo
 
 
+@domain_errors()
 def demo_async(workspace: Workspace | None, shop: Shop) -> AsyncResult | Offline:
     """10. Async: a thousand look-ups by threads, by PyMongo's asyncio and by Motor.
 
@@ -3218,6 +3235,7 @@ class FeaturesResult:
     skipped: dict[str, str]
 
 
+@domain_errors()
 def demo_features(workspace: Workspace | None) -> FeaturesResult | Offline:
     """11. Server features: what this version has is used, what it lacks is named.
 
@@ -3274,6 +3292,9 @@ def open_resources(run: config.Run) -> Iterator[dict[str, object]]:
     """A seeded shop in a workspace on the server, or neither where there is none."""
     resources: dict[str, object] = {"index_documents": INDEX_DOCUMENTS}
     log = CommandLog()
+    if logger.getEffectiveLevel() > logging.DEBUG:
+        # Else each cursor that dies with its server is a traceback of the driver's housekeeping.
+        logging.getLogger("pymongo.client").setLevel(logging.CRITICAL)
     try:
         uri = run.url("MongoDB", "MONGODB_URI")
         client, server = connect(uri, run.settings.connect_timeout_s, log)
