@@ -5,9 +5,10 @@
 A quote is a block of Python below `<!-- from FILE: NAME -->`, where NAME may be dotted. It equals
 the source of NAME in FILE, dedented; a line `# …` stands for one or more lines left out.
 
-Output is a block of text in the README or in the guide of a script. Each line of it occurs in a run
-of that script, whatever the numbers: on PostgreSQL where the paragraph above names it, else on
-SQLite.
+Output is a block of text in the guide of a script, or in the README below a paragraph that names
+"Script 0N". Each line of it occurs in a run of that script, whatever the numbers: on the server in
+SERVERS where the paragraph above names it, else offline. A paragraph that names the server's whole
+version, such as MongoDB 6.0.5, is of that version only.
 """
 
 from __future__ import annotations
@@ -30,7 +31,12 @@ ROOT = Path(__file__).resolve().parent.parent
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + GUIDES
 SCRIPTS = sorted(ROOT.glob("0?_*.py"))
+README = ROOT / "README.md"
 README_BYTES = 6 * 1024  # a beginner reads it whole
+SERVERS = {  # script → its server as a paragraph names it, its variable, the fixture of its URL
+    "01": ("PostgreSQL", "DATABASE_URL", "postgres_url"),
+    "02": ("MongoDB", "MONGODB_URI", "mongo_uri"),
+}
 ELISION = "# …"
 BLOCK = re.compile(
     r"(?P<head>(?:<!-- from (?P<file>\S+): (?P<name>\S+) -->\n)?```python\n)(?P<code>.*?)^```$",
@@ -119,27 +125,26 @@ def test_quote_is_exact(code: str, expected: bool) -> None:
     assert is_quote(code, "a\nb\nc\n") is expected
 
 
-@pytest.fixture(scope="module")
-def lines_of_run(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[bool], set[str]]:
-    """The lines that script 01 prints on PostgreSQL (True) or SQLite (False), numbers masked."""
+Run = Callable[[str, bool], list[str]]  # number of a script, on its server? → the lines it prints
 
+
+@pytest.fixture(scope="module")
+def lines_of_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     @functools.cache
-    def run(postgres: bool) -> set[str]:
-        url = request.getfixturevalue("postgres_url") if postgres else ""
-        script = [sys.executable, str(ROOT / "01_sqlalchemy_advanced.py")]
-        env = {**os.environ, "DATABASE_URL": url}
+    def run(number: str, on_server: bool) -> list[str]:
+        _server, variable, fixture = SERVERS[number]
+        url = request.getfixturevalue(fixture) if on_server else ""
+        (script,) = ROOT.glob(f"{number}_*.py")
         done = subprocess.run(
-            script,
+            [sys.executable, str(script)],
             cwd=tmp_path_factory.mktemp("run"),  # no .env
-            env=env,
+            env={**os.environ, variable: url},
             capture_output=True,
             encoding="utf-8",
             timeout=RUN_TIMEOUT_S,
             check=True,
         )
-        return {mask(line) for line in done.stdout.splitlines()}
+        return done.stdout.splitlines()
 
     return run
 
@@ -149,20 +154,34 @@ def mask(line: str) -> str:
     return re.sub(r"[\s─]+", " ", re.sub(r"\d[\d.,]*", "#", line)).strip()
 
 
-@pytest.mark.parametrize(
-    "block",
-    [
-        pytest.param(block, id=f"{page.name}-{number}")
-        for page in (ROOT / "README.md", ROOT / "docs" / "01-sqlalchemy.md")
-        for number, block in enumerate(OUTPUT.finditer(page.read_text(encoding="utf-8")), 1)
-    ],
-)
+def guide_of(script: Path) -> Path:
+    guide = re.search(r"^Guide: (\S+)$", script.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert guide, f"{script.name} names no guide"
+    return ROOT / guide[1]
+
+
+def outputs() -> Iterator[object]:
+    """(number of a script, the paragraph above, the output) for each block of output."""
+    guides = {guide_of(script): script.name[:2] for script in SCRIPTS}
+    for page in filter(Path.exists, (README, *guides)):  # a missing guide fails its own test
+        for number, block in enumerate(OUTPUT.finditer(page.read_text(encoding="utf-8")), 1):
+            introduction, output = block.groups()
+            named = re.search(r"Script (0\d)", introduction)
+            script = guides.get(page) or (named[1] if named else "none")
+            yield pytest.param(script, introduction, output, id=f"{page.name}-{number}")
+
+
+@pytest.mark.parametrize(("script", "introduction", "output"), list(outputs()))
 def test_output_in_a_guide_is_from_a_run(
-    block: re.Match[str], lines_of_run: Callable[[bool], set[str]]
+    script: str, introduction: str, output: str, lines_of_run: Run
 ) -> None:
-    introduction, output = block.groups()
-    printed = lines_of_run("PostgreSQL" in introduction)
-    assert [line for line in output.splitlines() if mask(line) not in printed] == []
+    server = SERVERS[script][0]
+    printed = lines_of_run(script, server in introduction)
+    version = re.search(rf"{server} \d+\.\d+\.\d+", introduction)
+    if version and not any(line.startswith(f"On {version[0]},") for line in printed):
+        pytest.skip(f"of {version[0]}, and this run was not")
+    masked = {mask(line) for line in printed}
+    assert [line for line in output.splitlines() if mask(line) not in masked] == []
 
 
 def prose(page: Path) -> str:
@@ -190,9 +209,7 @@ def test_relative_links_resolve(page: Path) -> None:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_guide_has_a_chapter_for_each_demo(script: Path) -> None:
     module = importlib.import_module(script.stem)
-    guide = re.search(r"^Guide: (\S+)$", module.__doc__ or "", flags=re.MULTILINE)
-    assert guide, f"{script.name} names no guide"
-    text = (ROOT / guide[1]).read_text(encoding="utf-8")
+    text = guide_of(script).read_text(encoding="utf-8")
     chapters = dict(re.findall(r"^## (\d+\. .+)\n((?:(?!## ).*\n)+)", text, flags=re.MULTILINE))
     demos = {demo.__doc__.partition(":")[0]: demo.__name__ for demo in module.DEMOS}
     assert list(chapters) == list(demos)
@@ -201,7 +218,7 @@ def test_guide_has_a_chapter_for_each_demo(script: Path) -> None:
 
 
 def commands() -> Iterator[object]:
-    for page in (ROOT / "README.md", *GUIDES):
+    for page in (README, *GUIDES):
         text = page.read_text(encoding="utf-8")
         for block in re.findall(r"^```sh\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL):
             for line in block.replace("\\\n", "").splitlines():
@@ -221,7 +238,7 @@ def test_commands_name_what_exists(line: str) -> None:
 
 
 def test_readme_lists_every_script_and_says_which_are_missing() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = README.read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if re.match(r"\| .*0\d_\w+\.py", line)]
     listed = {re.findall(r"0\d_\w+\.py", row)[0]: row for row in rows}
     assert {script.name for script in SCRIPTS} <= set(listed)
@@ -230,7 +247,7 @@ def test_readme_lists_every_script_and_says_which_are_missing() -> None:
 
 
 def test_readme_is_short() -> None:
-    assert (ROOT / "README.md").stat().st_size <= README_BYTES
+    assert README.stat().st_size <= README_BYTES
 
 
 if __name__ == "__main__":
