@@ -491,7 +491,9 @@ def in_words(topology: TopologyDescription) -> str:
     for (host, port), server in sorted(topology.server_descriptions().items(), key=str):
         reason = str(server.error or "").partition(" (configured")[0]
         reason = reason.removeprefix(f"{host}:{port}: ")
-        servers.append(f"{host}:{port} is {server.server_type_name} ({reason or 'no error'})")
+        if not reason:
+            reason = "answers" if server.is_server_type_known else "no answer"
+        servers.append(f"{host}:{port} is {server.server_type_name} ({reason})")
     return f"topology {topology.topology_type_name}: {', '.join(servers) or 'no member that fits'}"
 
 
@@ -2138,7 +2140,8 @@ def encode(document: Document) -> RawBSONDocument:
     """The document as BSON, with an `_id`. Raises TypeError or ValueError for what BSON cannot
     hold, which in a batch would take its neighbours with it."""
     try:
-        raw = bson.encode({"_id": document.get("_id", ObjectId()), **document}, codec_options=CODEC)
+        keyed = document if "_id" in document else {"_id": ObjectId(), **document}
+        raw = bson.encode(keyed, codec_options=CODEC)  # puts `_id` first
     except (BSONError, ArithmeticError, ValueError, RecursionError) as error:
         raise ValueError(f"not BSON: {type(error).__name__}") from error
     if len(raw) > 16 * 2**20:
