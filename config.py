@@ -121,7 +121,9 @@ def redact(text: str) -> str:
     Masks up to the last `@`, because a password that should have been percent-encoded may hold
     `@`, `/` or `?`: rather too much than part of a secret.
     """
-    text = re.sub(r"(?i)((?:password|passwd|pwd)=)(?:[^&\s]*(@))?[^&\s]*", r"\1***\2", text)
+    text = re.sub(
+        r"(?i)((?:password|passwd|pwd)=|session_token:)(?:[^&\s]*(@))?[^&\s]*", r"\1***\2", text
+    )
     return re.sub(r"(?s)(?<=//)([^:]*):.*@", r"\1:***@", text)
 
 

@@ -190,7 +190,7 @@ def aggregation(shop: Any, generated: Mapping[str, Sequence[Document]]) -> Itera
     manager = script.AggregationManager(shop.database)
 
     def fetch(recipe: Any, name: str) -> Iterator[Document]:
-        yield from manager.fetch(name, recipe.fields[name])
+        yield from manager.fetch(name, recipe.fields[name], recipe.where.get(name))
 
     for recipe in script.RECIPES:
         expected = recipe.fold(generated.__getitem__)
