@@ -879,8 +879,8 @@ def equals(value: object) -> Document:
     the JSON of a request can hold an object where a string was meant."""
     if not isinstance(value, str):
         raise TypeError(f"expected a string, got {type(value).__name__}")
-    if not value.isprintable():  # a lone surrogate, which JSON can hold, is no UTF-8
-        raise TypeError("expected printable characters")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise TypeError("half a surrogate pair, which JSON can hold, is no text")
     return {"$eq": value}
 
 
@@ -1379,34 +1379,33 @@ def daily_revenue(since: datetime, until: datetime = LAST_DAY) -> list[tuple[str
 
 
 KNOWN_STAGES = frozenset(
-    "$match $group $facet $sort $limit $unwind $bucket $bucketAuto $lookup $project $set $merge "
-    "$setWindowFields $graphLookup $unionWith $densify $fill $geoNear $skip $count $out".split()
+    "$match $group $facet $sort $limit $unwind $bucket $bucketAuto $lookup $project $set $unset "
+    "$addFields $replaceRoot $sample $sortByCount $merge $setWindowFields $graphLookup $unionWith "
+    "$densify $fill $geoNear $skip $count $out".split()
 )
+NOT_IN_FACET = frozenset({"$facet", "$geoNear", "$merge", "$out"})
+NOT_INSIDE = frozenset({"$merge", "$out"})  # a $lookup or $unionWith
 
 
-def check_pipeline(pipeline: Sequence[Document], *, inside: bool = False) -> int:
+def check_pipeline(pipeline: Sequence[Document], forbidden: frozenset[str] = frozenset()) -> int:
     """What a client can know of a pipeline: returns its bytes of BSON.
 
-    Raises ValueError for a stage that is not one, is unknown, or stands where the server refuses
-    it; bson.errors.InvalidDocument for what BSON cannot hold.
+    Raises ValueError for a stage that is not one, is unknown to this script, is `forbidden` or
+    stands where the server refuses it; bson.errors.InvalidDocument for what BSON cannot hold.
     """
     for position, stage in enumerate(pipeline):
         if len(stage) != 1 or next(iter(stage)) not in KNOWN_STAGES:
             raise ValueError(f"stage {position} is none that this script knows: {list(stage)}")
         ((name, value),) = stage.items()
-        if name in ("$merge", "$out") and (inside or position < len(pipeline) - 1):
-            raise ValueError(f"{name} is only allowed as the last stage of all")
+        if name in forbidden or (name in NOT_INSIDE and position < len(pipeline) - 1):
+            raise ValueError(f"{name} is not allowed here")
         if name == "$geoNear" and position:
             raise ValueError("$geoNear is only allowed as the first stage")
-        inner = (
-            value.values()
-            if name == "$facet"
-            else [value.get("pipeline", [])]
-            if name in ("$lookup", "$unionWith")
-            else []
-        )
-        for sub in inner:
-            check_pipeline(sub, inside=True)
+        if name == "$facet":
+            for sub in value.values():
+                check_pipeline(sub, NOT_IN_FACET)
+        elif name in ("$lookup", "$unionWith") and isinstance(value, dict):
+            check_pipeline(value.get("pipeline", []), NOT_INSIDE)
     return len(bson.encode({"pipeline": list(pipeline)}, codec_options=CODEC))
 
 
@@ -2886,15 +2885,14 @@ class ChangeConsumer:
             try:
                 with self._open() as stream:
                     while not stop(handled):
-                        change = stream.try_next()
-                        failures = 0  # the server answers
-                        if change is None:
+                        if (change := stream.try_next()) is None:
                             self._keep_up(stream.resume_token)
+                            failures = 0  # the server answers
                             continue
                         if change["operationType"] in ENDINGS:
                             raise HistoryLost(f"the collection's {change['operationType']}")
                         self._apply(change, handle)
-                        handled += 1
+                        handled, failures = handled + 1, 0
             except PyMongoError as error:
                 failures += 1
                 if failures >= MOST_FAILURES or not may_retry(error):

@@ -1,0 +1,157 @@
+"""Fixtures for the tests of 02_mongodb_advanced.py; a test module asks for them by
+`pytest_plugins = ["script02"]`.
+
+`managers` runs a test twice: through the synchronous managers and through `AsyncManager`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from decimal import Decimal
+from types import ModuleType
+from typing import Any, Protocol
+
+import pymongo
+import pytest
+from pymongo.database import Database
+from services import load_script
+
+SHOP_CUSTOMERS = 300  # about 1,200 orders: seeded in half a second
+PROBE_TIMEOUT_S = 5.0  # a connection over loopback or to a container
+
+Document = dict[str, Any]
+
+
+@contextmanager
+def open_workspace(script: ModuleType, uri: str) -> Iterator[Any]:
+    """A `Workspace` as main makes it; what it made is dropped afterwards."""
+    log = script.CommandLog()
+    client, server = script.connect(uri, PROBE_TIMEOUT_S, log)
+    made = script.Workspace(uri, client, server, log)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture(scope="session")
+def script() -> ModuleType:
+    return load_script("02_mongodb_advanced")
+
+
+@pytest.fixture(scope="session")
+def shared_workspace(script: ModuleType, mongo_uri: str) -> Iterator[Any]:
+    """One for all tests: whoever asks it for a database has that for itself."""
+    with open_workspace(script, mongo_uri) as made:
+        yield made
+
+
+@pytest.fixture
+def workspace(script: ModuleType, mongo_uri: str) -> Iterator[Any]:
+    with open_workspace(script, mongo_uri) as made:
+        yield made
+
+
+@pytest.fixture
+def database(workspace: Any) -> Database[Document]:
+    """Empty, with durable writes, and money as Decimal."""
+    made: Database[Document] = workspace.database()
+    return made
+
+
+@pytest.fixture(scope="session")
+def shop(script: ModuleType, shared_workspace: Any) -> Any:
+    """A seeded `Shop` of SHOP_CUSTOMERS customers, one for all tests: only for reading."""
+    seeded = script.Shop(SHOP_CUSTOMERS, shared_workspace.database())
+    script.seed(seeded, seeded.database)
+    return seeded
+
+
+# ── The same work through either kind of manager ────────────────────────────────────
+
+
+class Managers(Protocol):
+    """What the contract tests ask for; `database` looks at the result past the managers."""
+
+    database: Database[Document]
+
+    def load(self, collection: str, documents: Iterable[Document]) -> Any: ...
+    def run(self, collection: str, pipeline: Sequence[Document]) -> list[Document]: ...
+    def transfer(
+        self, source: object, target: object, amount: Decimal, key: object = None
+    ) -> int: ...
+
+
+class SyncManagers:
+    def __init__(self, script: ModuleType, database: Database[Document], timeout_s: float) -> None:
+        self._script, self.database, self._timeout_s = script, database, timeout_s
+
+    def load(self, collection: str, documents: Iterable[Document]) -> Any:
+        manager = self._script.BulkManager(self.database[collection], timeout_s=self._timeout_s)
+        return manager.load(documents)
+
+    def run(self, collection: str, pipeline: Sequence[Document]) -> Any:
+        return self._script.AggregationManager(self.database).run(collection, pipeline)
+
+    def transfer(self, source: object, target: object, amount: Decimal, key: object = None) -> Any:
+        ledger = self._script.Ledger(self.database.accounts, self._timeout_s)
+        return ledger.transfer(source, target, amount, key)
+
+
+class AsyncManagers:
+    """One event loop from beginning to end, in which the client was made."""
+
+    def __init__(
+        self, script: ModuleType, database: Database[Document], uri: str, timeout_s: float
+    ) -> None:
+        self.database, self._runner = database, asyncio.Runner()
+        self._client = self._runner.run(self._connect(uri, script.client_options(uri, 20)))
+        found = self._client.get_database(
+            database.name, codec_options=script.CODEC, write_concern=script.DURABLE
+        )
+        self._manager = script.AsyncManager(found, timeout_s)
+
+    @staticmethod
+    async def _connect(uri: str, options: Document) -> pymongo.AsyncMongoClient[Document]:
+        return pymongo.AsyncMongoClient(uri, **options)
+
+    def load(self, collection: str, documents: Iterable[Document]) -> Any:
+        return self._runner.run(self._manager.load(collection, documents))
+
+    def run(self, collection: str, pipeline: Sequence[Document]) -> Any:
+        return self._runner.run(self._manager.run(collection, pipeline))
+
+    def transfer(self, source: object, target: object, amount: Decimal, key: object = None) -> Any:
+        return self._runner.run(self._manager.transfer(source, target, amount, key))
+
+    def close(self) -> None:
+        self._runner.run(self._client.close())
+        self._runner.close()
+
+
+MakeManagers = Callable[[float], Managers]
+
+
+@pytest.fixture(params=["sync", "async"])
+def make_managers(
+    request: pytest.FixtureRequest, script: ModuleType, workspace: Any, database: Any
+) -> Iterator[MakeManagers]:
+    """`make_managers(timeout_s)`: managers of one kind on `database`."""
+    made: list[AsyncManagers] = []
+
+    def make(timeout_s: float) -> Managers:
+        if request.param == "sync":
+            return SyncManagers(script, database, timeout_s)
+        made.append(AsyncManagers(script, database, workspace.uri, timeout_s))
+        return made[-1]
+
+    yield make
+    for managers in made:
+        managers.close()
+
+
+@pytest.fixture
+def managers(make_managers: MakeManagers) -> Managers:
+    return make_managers(20.0)
