@@ -44,7 +44,7 @@ import time
 import warnings
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -3216,6 +3216,20 @@ async def bounded(
     return results
 
 
+def run_async(work: Coroutine[Any, Any, T]) -> T:
+    """asyncio.run that heeds a Ctrl-C: `asyncio.wait_for`, by which PyMongo waits for a server,
+    forgets a cancellation that comes in the moment its wait is over (Python 3.11)."""
+
+    async def heeding() -> T:
+        result = await work
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise asyncio.CancelledError
+        return result
+
+    return asyncio.run(heeding())
+
+
 LOOKUPS, CONCURRENCY = 1_000, 16
 
 
@@ -3259,15 +3273,15 @@ def demo_async(workspace: Workspace | None, shop: Shop) -> AsyncResult | Offline
         return _async_offline()
     uri, name = workspace.uri, shop.database.name
     spent = (
-        asyncio.run(spent_in_motor(uri, name, "DE")),
-        asyncio.run(spent_in_pymongo(uri, name, "DE")),
+        run_async(spent_in_motor(uri, name, "DE")),
+        run_async(spent_in_pymongo(uri, name, "DE")),
     )
     fact("the same function", f"Motor: {spent[0]:,}, PyMongo: {spent[1]:,}")
-    report = asyncio.run(_load_on_asyncio(uri, workspace.database().name))
+    report = run_async(_load_on_asyncio(uri, workspace.database().name))
     fact("AsyncManager.load", f"{report.stored:,} stored, {len(report.rejected)} rejected")
     most = shop.database.orders.estimated_document_count()
     keys = [1 + n * max(1, most // LOOKUPS) % max(1, most) for n in range(LOOKUPS)]
-    seconds, answers = asyncio.run(_look_up_all_ways(workspace, shop.database, keys))
+    seconds, answers = run_async(_look_up_all_ways(workspace, shop.database, keys))
     table(
         ["way", "look-ups/s", "ms each, of 16 at once"],
         [
@@ -3324,7 +3338,7 @@ def _async_offline() -> Offline:
             told = {"MongoClient": _failure(client.admin.command, "ping")}
             words = in_words(client.topology_description).replace(uri[10:-1], "127.0.0.1:PORT")
         given_up_s = time.perf_counter() - started
-        told["AsyncMongoClient"], told["Motor"] = asyncio.run(_async_failures(uri, options))
+        told["AsyncMongoClient"], told["Motor"] = run_async(_async_failures(uri, options))
     for name, error in told.items():
         fact(name, type(error).__name__)
     fact("topology, in words", words)

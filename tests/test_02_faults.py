@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +36,7 @@ from pymongo.monitoring import (
     CommandSucceededEvent,
 )
 from script02 import open_workspace
-from services import load_script, mongo_client
+from services import ROOT, load_script, mongo_client
 from test_02_cli import Child, Run, databases, started
 
 import servers
@@ -646,4 +649,38 @@ def test_interrupted_while_seeding(tmp_path: Path, victim: Any, signum: signal.S
     child.process.send_signal(signum)
     ended = child.ended()
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
+    assert databases(victim.url) <= before
+
+
+# Ctrl-C in the very moment in which the server is found that the client waits for. Python 3.11's
+# `asyncio.wait_for` then returns what it has and forgets that it was cancelled (fixed in 3.12).
+AT_THE_WRONG_MOMENT = """
+import asyncio, importlib, os, signal, sys
+import pymongo.lock
+
+async def wait_for(future, timeout):
+    pymongo.lock.wait_for = asyncio.wait_for  # once
+    waiting = asyncio.ensure_future(future)
+    waiting.add_done_callback(lambda _: os.kill(os.getpid(), signal.SIGINT))
+    return await asyncio.wait_for(waiting, timeout)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+pymongo.lock.wait_for = wait_for
+script = importlib.import_module("02_mongodb_advanced")
+sys.exit(script.main(["--only", "async", "--scale", "5"]))
+"""
+
+
+def test_an_interruption_that_asyncio_forgets(tmp_path: Path, victim: Any) -> None:
+    before = databases(victim.url)
+    ended = subprocess.run(
+        [sys.executable, "-c", AT_THE_WRONG_MOMENT],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MONGODB_URI": victim.url},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=WAIT_S,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (130, "interrupted\n"), ended.stdout
     assert databases(victim.url) <= before
