@@ -3267,7 +3267,7 @@ def demo_async(workspace: Workspace | None, shop: Shop) -> AsyncResult | Offline
     Prediction: on a server this near, waiting is short; the driver's own work decides.
 
     Trade-off: asyncio is for thousands of connections that wait, threads are for code that is
-    written already. Either way the pool and a semaphore bound what is under way.
+    written already. Either way the pool and the number of workers bound what is under way.
     """
     if workspace is None or shop.database is None:
         return _async_offline()
