@@ -97,7 +97,7 @@ T = TypeVar("T")
 SCHEMA = 1  # of the envelope around a value in Redis; another number is a miss
 REDIS_TIMEOUT_S = 0.25  # to connect, to answer, to get a connection: a cache is faster or useless
 MAX_CONNECTIONS = 32  # a process; more only queue in a server that runs one command at a time
-MAX_KEY_BYTES = 200  # a longer key is replaced by its hash
+MAX_KEY_BYTES = 200  # a longer key, or one of other than ASCII, is replaced by its hash
 MAX_PENDING = 10_000  # invalidations kept for a Redis that is away; one more is an error
 MAX_REFRESHES = 64  # in the background at once; what is above is refreshed by a later call
 REFRESH_THREADS = 4  # a cache
@@ -270,10 +270,12 @@ class TTLCache:
 
     def put(self, entries: Iterable[tuple[Hashable, Entry]]) -> None:
         with self._lock:
+            stored, expiries, order = self._entries, self._expiries, self._order
             for key, entry in entries:
-                self._entries[key] = entry
-                self._entries.move_to_end(key)
-                heapq.heappush(self._expiries, (entry.expires_at, next(self._order), key))
+                if key in stored:
+                    stored.move_to_end(key)
+                stored[key] = entry
+                heapq.heappush(expiries, (entry.expires_at, next(order), key))
             if len(self._entries) > self.max_entries:
                 self._drop_expired()
                 while len(self._entries) > self.max_entries:
@@ -521,10 +523,12 @@ class Keys:
     def _name(self, kind: str, key: str) -> str:
         if not isinstance(key, str) or not key:
             raise ValueError(f"a key is a string with something in it, not {key!r:.60}")
+        prefix = self._prefixes[kind]
+        is_short = len(key) <= MAX_KEY_BYTES and key.isascii()
+        if is_short and key.isprintable() and "{" not in key and "}" not in key:
+            return f"{prefix}{{{key}}}"
         raw = key.encode("utf-8", "surrogatepass")
-        if len(raw) > MAX_KEY_BYTES or not key.isprintable() or set(key) & set("{}"):
-            key = f"hash-{hashlib.blake2b(raw, digest_size=20).hexdigest()}"
-        return f"{self._prefixes[kind]}{{{key}}}"
+        return f"{prefix}{{{hashlib.blake2b(raw, digest_size=20).hexdigest()}}}#"
 
     def lease(self, value_name: str) -> str:
         return self._lease + value_name.removeprefix(self._prefixes["value"])
@@ -733,6 +737,14 @@ class Request(NamedTuple):
     tags: frozenset[str]  # their names in Redis
 
 
+class Look(NamedTuple):
+    """What the caller who leads a flight has found before asking the source."""
+
+    reading: Reading | None
+    old: Entry | None = None  # may stand in where the source fails
+    seen: bytes | None = None  # what Redis has, b"" for nothing; None where Redis is away
+
+
 NO_TAGS: Final[frozenset[str]] = frozenset()
 _loading: ContextVar[frozenset[str]] = ContextVar("_loading", default=frozenset())
 
@@ -770,7 +782,7 @@ class Tiers:
         if client is not None and client.get_encoder().decode_responses:
             raise ValueError("the client must leave bytes alone: decode_responses=False")
         self.namespace, self.client, self.policy = namespace, client, policy or Policy()
-        self.keys = Keys(namespace, version)
+        self.keys, self._stale_s = Keys(namespace, version), self.policy.stale_s
         self.id = secrets.token_hex(8)  # by which this cache knows its own messages
         self.l1 = TTLCache(max_entries, clock=clock)
         self.errors = TTLCache(max_entries, clock=clock)  # of loaders, where error_ttl_s asks
@@ -896,22 +908,17 @@ class Tiers:
 
     def _entry(self, envelope: Envelope) -> Entry:
         """An envelope as L1 keeps it, its age turned from the wall clock into ours."""
+        _schema, created_at, ttl_s, delta_s, stamps, value = envelope
         now, policy = self._clock(), self.policy
-        stored_at = now - max(0.0, self._wall_clock() - envelope.created_at)
-        soft_until = stored_at + envelope.ttl_s
+        stored_at = now - max(0.0, self._wall_clock() - created_at)
+        soft_until = stored_at + ttl_s
         if self.client is None:  # no tier below draws for an early refresh
-            fresh_until = soft_until - self._head_start(envelope.delta_s)
+            fresh_until = soft_until - self._head_start(delta_s)
         else:
             fresh_until = min(soft_until, now + policy.l1_ttl_s)
-        return Entry(
-            envelope.value,
-            fresh_until,
-            soft_until + policy.stale_s,
-            stored_at,
-            soft_until,
-            envelope.delta_s,
-            frozenset(envelope.stamps),
-        )
+        tags = frozenset(stamps) if stamps else NO_TAGS
+        expires_at = soft_until + self._stale_s
+        return Entry(value, fresh_until, expires_at, stored_at, soft_until, delta_s, tags)
 
     def _head_start(self, delta_s: float) -> float:
         """XFetch: how long before the end of its TTL to load again, drawn at random; the longer
@@ -1029,49 +1036,55 @@ class Tiers:
         return dict(zip(tags, found, strict=True))
 
     def _life_ms(self, ttl_s: float) -> int:
-        return max(1, round(1000 * (ttl_s + self.policy.stale_s)))
+        return max(1, round(1000 * (ttl_s + self._stale_s)))
 
     # ── reading through ──
 
-    def _lead(self, request: Request, flight: Flight) -> Steps[Reading]:
-        """What the one caller does whom a flight has to load."""
+    def _look(self, request: Request, flight: Flight) -> Steps[Look]:
+        """The first half of a flight: a reading without asking the source, if there is one."""
         entry = self.l1.stale(request.name)
         if entry is not None and entry.fresh_until > self._clock():
-            return self._reading(entry, "L1")  # stored between our look and boarding
-        token = None
+            return Look(self._reading(entry, "L1"))  # stored between our look and boarding
         try:
             envelope, seen = yield from self._read(request)
+        except RedisAway:
+            if entry is not None:
+                past_s = self._clock() - entry.soft_until
+                if past_s < self.policy.stale_while_revalidate_s:
+                    if past_s >= 0 or self.client is None:
+                        self._refresh_later(request, b"", is_early=past_s < 0)
+                    return Look(self._reading(entry, "L1"))
+            return Look(self._failed_lately(request, entry), entry, None)
+        if envelope is None:
+            self._count("l2_misses")
+            # Our copy may have been invalidated, so it is not served any more.
+            return Look(self._failed_lately(request, None), None, seen)
+        self._count("l2_hits")
+        age_s = max(0.0, self._wall_clock() - envelope.created_at)
+        is_stale = age_s >= envelope.ttl_s
+        if age_s < envelope.ttl_s + self.policy.stale_while_revalidate_s:
+            if is_stale or age_s >= envelope.ttl_s - self._head_start(envelope.delta_s):
+                self._refresh_later(request, seen, is_early=not is_stale)
+            if self.policy.l1_ttl_s:
+                self._keep(request, flight, self._entry(envelope))
+            return Look(Reading(envelope.value, "L2", age_s, is_stale, envelope.delta_s))
+        entry = self._entry(envelope)
+        return Look(self._failed_lately(request, entry), entry, seen)
+
+    def _obtain(self, request: Request, flight: Flight, look: Look) -> Steps[Reading]:
+        """The second half: ask the source, or take what another process gets from it."""
+        token = None
+        if look.seen is not None:
+            try:
+                token, envelope = yield from self._take_turn(request, look.seen)
+            except RedisAway:
+                envelope = None
             if envelope is not None:
-                self._count("l2_hits")
-                age_s = max(0.0, self._wall_clock() - envelope.created_at)
-                is_stale = age_s >= envelope.ttl_s
-                if age_s < envelope.ttl_s + self.policy.stale_while_revalidate_s:
-                    if is_stale or age_s >= envelope.ttl_s - self._head_start(envelope.delta_s):
-                        self._refresh_later(request, seen, is_early=not is_stale)
-                    if self.policy.l1_ttl_s:
-                        self._keep(request, flight, self._entry(envelope))
-                    return Reading(envelope.value, "L2", age_s, is_stale, envelope.delta_s)
-                entry = self._entry(envelope)
-            else:
-                self._count("l2_misses")
-                entry = None  # our copy may have been invalidated, so it is not served any more
-            if (reading := self._failed_lately(request, entry)) is not None:
-                return reading
-            token, envelope = yield from self._take_turn(request, seen)
-            if envelope is not None:  # loaded by another process meanwhile
                 self._count("l2_hits")
                 entry = self._entry(envelope)
                 self._keep(request, flight, entry)
                 return self._reading(entry, "L2")
-        except RedisAway:
-            past_s = math.inf if entry is None else self._clock() - entry.soft_until
-            if entry is not None and past_s < self.policy.stale_while_revalidate_s:
-                if past_s >= 0 or self.client is None:
-                    self._refresh_later(request, b"", is_early=past_s < 0)
-                return self._reading(entry, "L1")
-            if (reading := self._failed_lately(request, entry)) is not None:
-                return reading
-        return (yield from self._load(request, flight, token, entry))
+        return (yield from self._load(request, flight, token, look.old))
 
     def _failed_lately(self, request: Request, old: Entry | None) -> Reading | None:
         """Where `error_ttl_s` keeps an error: `old` if that may stand in, else raises the error."""
@@ -1289,15 +1302,15 @@ class Tiers:
             if raw is None:
                 continue
             try:  # as unpack() does, without a call for each of them
-                schema, created_at, ttl_s, _delta_s, stamps, value = loads(raw)
+                fields_ = loads(raw)
+                schema, created_at, ttl_s, _delta_s, stamps, value = fields_
                 is_fresh = schema == SCHEMA and now - created_at < ttl_s
             except (ValueError, TypeError):
                 is_fresh = False
             if not is_fresh:
                 self._decoded(name, raw)  # logs and counts what is not ours
             elif stamps or keeps_copies:
-                if (envelope := self._decoded(name, raw)) is not None:
-                    careful[name] = envelope
+                careful[name] = tuple.__new__(Envelope, fields_)
             else:
                 values[name] = value
         if careful:
@@ -1525,7 +1538,8 @@ class TieredCache(Tiers):
 
     def _fly(self, request: Request, flight: Flight) -> None:
         try:
-            reading = self._drive(self._lead(request, flight))
+            look = self._drive(self._look(request, flight))
+            reading = look.reading or self._drive(self._obtain(request, flight, look))
         except BaseException as error:
             self._land(request.name, flight, None, error)
             if not isinstance(error, Exception):
@@ -1691,8 +1705,7 @@ class AsyncTieredCache(Tiers):
         while True:
             flight, leads = self._board(request)
             if leads:
-                flight.event = flight.event or self._new_event()
-                self._start(self._fly(request, flight))
+                await self._fly(request, flight)
             try:
                 reading = await self._join(flight)
             except FlightAbandoned:
@@ -1707,8 +1720,23 @@ class AsyncTieredCache(Tiers):
         task.add_done_callback(self._tasks.discard)
 
     async def _fly(self, request: Request, flight: Flight) -> None:
+        """Look, then begin the load: its task outlives the caller, who may be cancelled."""
         try:
-            reading = await self._drive(self._lead(request, flight))
+            look = await self._drive(self._look(request, flight))
+        except BaseException as error:
+            self._land(request.name, flight, None, error)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            if look.reading is not None:
+                self._land(request.name, flight, look.reading)
+                return
+            flight.event = flight.event or self._new_event()
+            self._start(self._obtain_and_land(request, flight, look))
+
+    async def _obtain_and_land(self, request: Request, flight: Flight, look: Look) -> None:
+        try:
+            reading = await self._drive(self._obtain(request, flight, look))
         except BaseException as error:
             self._land(request.name, flight, None, error)
             if not isinstance(error, Exception):
@@ -1834,13 +1862,19 @@ def cached(
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        bind = inspect.signature(function).bind
+        signature = inspect.signature(function)
+        plain = all(p.kind is p.POSITIONAL_OR_KEYWORD for p in signature.parameters.values())
+        count = len(signature.parameters) if plain else -1
 
         def key_of(*args: Any, **kwargs: Any) -> str:
             """The key of a call, however its arguments are given."""
-            bound = bind(*args, **kwargs)
-            bound.apply_defaults()
-            return f"{name}:{','.join(map(_key_part, bound.arguments.values()))}"
+            if len(args) != count:  # else they are in order and complete, as most are
+                bound = signature.bind(*args, **kwargs)
+                bound.apply_defaults()
+                args = tuple(bound.arguments.values())
+            elif kwargs:
+                signature.bind(*args, **kwargs)  # raises TypeError
+            return f"{name}:{','.join(map(_key_part, args))}"
 
         @functools.lru_cache(maxsize=cache.l1.max_entries, typed=True)
         def name_of(*args: Any, **kwargs: Any) -> str:
@@ -1869,8 +1903,12 @@ def cached(
 
         @functools.wraps(function)
         async def call_async(*args: Any, **kwargs: Any) -> Any:
-            asked = request(name_of(*args, **kwargs), args, kwargs)
-            return (await cast(AsyncTieredCache, cache).read_through(asked)).value
+            stored = name_of(*args, **kwargs)
+            entry = cache.l1.fresh(stored)
+            if entry is not None:
+                return entry.value
+            asked = request(stored, args, kwargs)
+            return (await cast(AsyncTieredCache, cache)._read_below(asked)).value
 
         decorated: Any = call_async if isinstance(cache, AsyncTieredCache) else call
         decorated.key = key_of
