@@ -104,6 +104,7 @@ REFRESH_THREADS = 4  # a cache
 REPLAY_BATCH = 100  # pending invalidations a round trip
 FIRST_WATCH_S, LONGEST_WATCH_S = 0.004, 0.01  # between two looks at a value another process loads
 LOAD_BUCKETS_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0)  # as Prometheus histograms have
+LANDING_S = 0.5  # a caller waits longer than a load may take: for what follows it
 COMPLAIN_S = 60.0  # a warning of one kind, at most once in
 LISTEN_S = 0.1  # a listener looks up that often, to see whether it is to stop
 RECONNECT_S = 0.5  # between its attempts
@@ -157,6 +158,14 @@ class Undecodable(CacheError):
 
 class LoadTimeout(CacheError):
     """A load outlasts `load_timeout_s`."""
+
+
+class LoadCancelled(CacheError):
+    """A loader ended by cancellation, as one does that awaits what somebody else cancelled."""
+
+
+class CacheClosed(CacheError):
+    """The cache was closed while this caller waited, or, on asyncio, before it asked."""
 
 
 class InvalidationLost(CacheError):
@@ -282,7 +291,7 @@ class TTLCache:
                     self._entries.popitem(last=False)
                     next(self.evictions.ticks)
             if len(self._expiries) > 2 * self.max_entries + 100:  # mostly of replaced entries
-                kept = ((e.expires_at, next(self._order), k) for k, e in self._entries.items())
+                kept = ((e.expires_at, next(self._order), k) for k, e in self._snapshot())
                 self._expiries = list(kept)
                 heapq.heapify(self._expiries)
 
@@ -297,6 +306,13 @@ class TTLCache:
                 dropped += 1
         return dropped
 
+    def _snapshot(self) -> list[tuple[Hashable, Entry]]:
+        while True:
+            try:
+                return list(self._entries.items())
+            except RuntimeError:  # a reader, who takes no lock, has moved an entry meanwhile
+                continue
+
     def purge(self) -> int:
         """Drop what has expired; how many that were."""
         with self._lock:
@@ -309,7 +325,7 @@ class TTLCache:
     def delete_tagged(self, tag: str) -> int:
         """Drop the entries that carry `tag`; looks at each of at most `max_entries`."""
         with self._lock:
-            tagged = [key for key, entry in self._entries.items() if tag in entry.tags]
+            tagged = [key for key, entry in self._snapshot() if tag in entry.tags]
             for key in tagged:
                 del self._entries[key]
             return len(tagged)
@@ -388,7 +404,7 @@ class CircuitBreaker:
 def connection_options(timeout_s: float = REDIS_TIMEOUT_S) -> dict[str, Any]:
     """For either kind of pool: every wait bounded, and no retry below the breaker's.
 
-    redis-py 8 would retry a refused port for over four seconds, and raise at once where all its
+    redis-py 8 would retry a refused port for some seconds, and raise at once where all its
     connections are out; with these a pool waits for one.
     """
     return {
@@ -457,8 +473,8 @@ redis.call('DEL', KEYS[2])
 redis.call('PUBLISH', ARGV[1], ARGV[2])
 return found""")
 STAMP = Script("""
-local stamp = redis.call('GET', KEYS[1])
-if not stamp then
+local stamp = redis.pcall('GET', KEYS[1])
+if type(stamp) ~= 'string' then
     redis.call('SET', KEYS[1], ARGV[1], 'PX', 2 * ARGV[2])
     return ARGV[1]
 end
@@ -593,7 +609,7 @@ class Policy:
     stale_while_revalidate_s: float = 0.0  # past its TTL: served, and loaded in the background
     stale_if_error_s: float = 300.0  # past its TTL: served where the loader fails
     l1_ttl_s: float = 5.0  # at most, before Redis is asked again; 0 keeps no copy in the process
-    lease_s: float = 5.0  # longer than nearly every load, else two processes load
+    lease_s: float = 10.0  # longer than any load: a longer one is not cached, and others load too
     load_timeout_s: float = 10.0  # a caller waits for another's load, or on asyncio for its own
 
     def __post_init__(self) -> None:
@@ -622,7 +638,7 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class Stats:
-    """What a cache has done since it was made. `saved_s` is an estimate: hits × the mean load."""
+    """What a cache has done since it was made."""
 
     l1_hits: int
     l1_misses: int
@@ -632,7 +648,9 @@ class Stats:
     l2_hits: int
     l2_misses: int
     waits: int  # callers who waited for another's load
-    loads: int
+    misses: int  # questions that only the source could answer
+    loads: int  # calls of a loader
+    loaded: int  # keys that were asked for by them
     load_errors: int
     load_s: float
     load_buckets: tuple[int, ...]  # loads up to each of LOAD_BUCKETS_S, and above the last
@@ -647,18 +665,33 @@ class Stats:
     short_circuited: int
 
     @property
+    def hits(self) -> int:
+        """Questions that were answered without asking the source for them."""
+        return self.l1_hits + self.l1_misses - self.misses
+
+    @property
     def hit_ratio(self) -> float:
         asked = self.l1_hits + self.l1_misses
-        return 1 - self.loads / asked if asked else 0.0
+        return self.hits / asked if asked else 0.0
 
     @property
     def saved_s(self) -> float:
-        mean_s = self.load_s / self.loads if self.loads else 0.0
-        return mean_s * (self.l1_hits + self.l2_hits)
+        """An estimate: hits × the mean load of a key."""
+        return self.hits * self.load_s / self.loaded if self.loaded else 0.0
 
 
 COUNTED = (
-    *("l2_hits", "l2_misses", "waits", "loads", "load_errors", "early_refreshes", "stale_served"),
+    *(
+        "l2_hits",
+        "l2_misses",
+        "waits",
+        "misses",
+        "loads",
+        "loaded",
+        "load_errors",
+        "early_refreshes",
+        "stale_served",
+    ),
     *("fills_refused", "undecodable", "uncacheable", "invalidations", "redis_errors"),
 )
 
@@ -742,6 +775,7 @@ class Look(NamedTuple):
 
     reading: Reading | None
     old: Entry | None = None  # may stand in where the source fails
+    old_tier: str = "L1"
     seen: bytes | None = None  # what Redis has, b"" for nothing; None where Redis is away
 
 
@@ -882,6 +916,13 @@ class Tiers:
             if flight in (self._flights.get(request.name), self._refreshes.get(request.name)):
                 self.l1.put([(request.name, entry)])
 
+    def _keep_error(self, request: Request, flight: Flight, error: Exception) -> None:
+        if self.policy.error_ttl_s:
+            end = self._clock() + self.policy.error_ttl_s
+            with self._lock:
+                if flight is self._flights.get(request.name):
+                    self.errors.put([(request.name, Entry(error, end, end, tags=request.tags))])
+
     def forget(self, name: str) -> None:
         """Drop this process's copies of a value, or of all with a tag, by their name in Redis."""
         with self._lock:
@@ -891,6 +932,7 @@ class Tiers:
                     for tagged in [key for key, flight in board.items() if tag in flight.tags]:
                         del board[tagged]
                 self.l1.delete_tagged(tag)
+                self.errors.delete_tagged(tag)
             else:
                 self._flights.pop(name, None)
                 self._refreshes.pop(name, None)
@@ -917,7 +959,7 @@ class Tiers:
         else:
             fresh_until = min(soft_until, now + policy.l1_ttl_s)
         tags = frozenset(stamps) if stamps else NO_TAGS
-        expires_at = soft_until + self._stale_s
+        expires_at = soft_until + self._stale(value)
         return Entry(value, fresh_until, expires_at, stored_at, soft_until, delta_s, tags)
 
     def _head_start(self, delta_s: float) -> float:
@@ -991,18 +1033,16 @@ class Tiers:
         if envelope is None:
             return None, raw if isinstance(raw, bytes) else b""
         if envelope.stamps:
-            known = dict(zip(tags, self._check(stamps), strict=True))
+            known = dict(zip(tags, stamps, strict=True))
             envelope = yield from self._validate(envelope, known)
         return envelope, raw
 
-    def _validate(
-        self, envelope: Envelope, known: dict[str, bytes | None]
-    ) -> Steps[Envelope | None]:
+    def _validate(self, envelope: Envelope, known: Mapping[str, Any]) -> Steps[Envelope | None]:
         """`envelope` unless one of its tags was invalidated; `known` are current stamps."""
         unknown = [tag for tag in envelope.stamps if tag not in known]
         if unknown:
-            stamps = self._check((yield from self._redis(*(("GET", tag) for tag in unknown))))
-            known = known | dict(zip(unknown, stamps, strict=True))
+            stamps = yield from self._redis(*(("GET", tag) for tag in unknown))
+            known = {**known, **dict(zip(unknown, stamps, strict=True))}
         return envelope if self._is_current(envelope, known) else None
 
     def _decoded(self, name: str, raw: Any) -> Envelope | None:
@@ -1017,7 +1057,8 @@ class Tiers:
             return None
 
     @staticmethod
-    def _is_current(envelope: Envelope, stamps: Mapping[str, bytes | None]) -> bool:
+    def _is_current(envelope: Envelope, stamps: Mapping[str, Any]) -> bool:
+        """`stamps` are replies: bytes, None, or the error of a key that is a stranger's."""
         return all(stamps[tag] == stamp.encode() for tag, stamp in envelope.stamps.items())
 
     def _drop(self, name: str) -> Call:
@@ -1029,14 +1070,18 @@ class Tiers:
         if not request.tags:
             return {}
         token = secrets.token_hex(8)
-        life_ms = self._life_ms(request.ttl_s) + round(1000 * self.policy.lease_s)
+        life_ms = self._life_ms(request.ttl_s, "") + round(1000 * self.policy.lease_s)
         tags = sorted(request.tags)
         replies = yield from self._redis(*(STAMP.call([tag], token, life_ms) for tag in tags))
         found = (stamp.decode() for stamp in self._check(replies))
         return dict(zip(tags, found, strict=True))
 
-    def _life_ms(self, ttl_s: float) -> int:
-        return max(1, round(1000 * (ttl_s + self._stale_s)))
+    def _life_ms(self, ttl_s: float, value: object) -> int:
+        """How long Redis keeps `value`: past its TTL as long as it may be served stale."""
+        return max(1, round(1000 * (ttl_s + self._stale(value))))
+
+    def _stale(self, value: object) -> float:
+        return 0.0 if value is None else self._stale_s  # unknown keys must not fill the memory
 
     # ── reading through ──
 
@@ -1054,11 +1099,11 @@ class Tiers:
                     if past_s >= 0 or self.client is None:
                         self._refresh_later(request, b"", is_early=past_s < 0)
                     return Look(self._reading(entry, "L1"))
-            return Look(self._failed_lately(request, entry), entry, None)
+            return Look(self._failed_lately(request, entry, "L1"), entry)
         if envelope is None:
             self._count("l2_misses")
             # Our copy may have been invalidated, so it is not served any more.
-            return Look(self._failed_lately(request, None), None, seen)
+            return Look(self._failed_lately(request, None, "L1"), seen=seen)
         self._count("l2_hits")
         age_s = max(0.0, self._wall_clock() - envelope.created_at)
         is_stale = age_s >= envelope.ttl_s
@@ -1069,7 +1114,7 @@ class Tiers:
                 self._keep(request, flight, self._entry(envelope))
             return Look(Reading(envelope.value, "L2", age_s, is_stale, envelope.delta_s))
         entry = self._entry(envelope)
-        return Look(self._failed_lately(request, entry), entry, seen)
+        return Look(self._failed_lately(request, entry, "L2"), entry, "L2", seen)
 
     def _obtain(self, request: Request, flight: Flight, look: Look) -> Steps[Reading]:
         """The second half: ask the source, or take what another process gets from it."""
@@ -1084,15 +1129,16 @@ class Tiers:
                 entry = self._entry(envelope)
                 self._keep(request, flight, entry)
                 return self._reading(entry, "L2")
-        return (yield from self._load(request, flight, token, look.old))
+        self._count("misses")
+        return (yield from self._load(request, flight, token, look))
 
-    def _failed_lately(self, request: Request, old: Entry | None) -> Reading | None:
+    def _failed_lately(self, request: Request, old: Entry | None, tier: str) -> Reading | None:
         """Where `error_ttl_s` keeps an error: `old` if that may stand in, else raises the error."""
         failed = self.errors.stale(request.name) if self.policy.error_ttl_s else None
         if failed is None:
             return None
         if self._may_stand_in(old):
-            return self._reading(cast(Entry, old), "L1")
+            return self._reading(cast(Entry, old), tier)
         raise failed.value.with_traceback(None)
 
     def _may_stand_in(self, old: Entry | None) -> bool:
@@ -1143,12 +1189,13 @@ class Tiers:
         return None, None
 
     def _load(
-        self, request: Request, flight: Flight, token: str | None, old: Entry | None
+        self, request: Request, flight: Flight, token: str | None, look: Look
     ) -> Steps[Reading]:
-        """Ask the source and fill both tiers; `old` is served where that fails."""
+        """Ask the source and fill both tiers; `look.old` is served where that fails."""
         try:
             stamps = (yield from self._stamps(request)) if token else {}
         except RedisAway:
+            yield from self._give_back([request.name], token)
             token, stamps = None, {}
         started = self._clock()
         mark = _loading.set(_loading.get() | {request.name})
@@ -1158,11 +1205,10 @@ class Tiers:
             self._count_load(self._clock() - started)
             self._count("load_errors")
             yield from self._give_back([request.name], token)
-            if self.policy.error_ttl_s:
-                self.errors.set(request.name, error, self.policy.error_ttl_s)
-            if self._may_stand_in(old):
+            self._keep_error(request, flight, error)
+            if self._may_stand_in(look.old):
                 logger.info("%s: serving stale, its loader failed: %r", request.name, error)
-                return self._reading(cast(Entry, old), "L1")
+                return self._reading(cast(Entry, look.old), look.old_tier)
             raise
         finally:
             _loading.reset(mark)
@@ -1177,7 +1223,8 @@ class Tiers:
             self._complain("%s: not cached: %s", request.name, error)
             yield from self._give_back([request.name], token)
             return Reading(value, "loader")
-        if (yield from self._fill(request, token, packed, envelope.ttl_s)):
+        life_ms = self._life_ms(envelope.ttl_s, envelope.value)
+        if (yield from self._fill(request, token, packed, life_ms)):
             self._keep(request, flight, self._entry(envelope))
         return Reading(envelope.value, "loader", delta_s=delta_s)
 
@@ -1192,20 +1239,21 @@ class Tiers:
         packed, value = pack(envelope)
         return packed, envelope._replace(value=value)
 
-    def _count_load(self, seconds: float) -> None:
+    def _count_load(self, seconds: float, keys: int = 1) -> None:
         self._count("loads")
+        self._counts["loaded"].add(keys)
         with self._lock:
             self._load_s += seconds
             self._load_buckets[bisect.bisect_left(LOAD_BUCKETS_S, seconds)] += 1
 
     def _fill(
-        self, request: Request, token: str | None, packed: bytes, ttl_s: float
+        self, request: Request, token: str | None, packed: bytes, life_ms: int
     ) -> Steps[bool]:
         """Whether L1 may keep the value, too: not where Redis refused the fill."""
         if token is None:
             return True
         keys = [request.name, self.keys.lease(request.name)]
-        call = FILL.call(keys, token, packed, self._life_ms(ttl_s))
+        call = FILL.call(keys, token, packed, life_ms)
         try:
             (filled,) = self._check((yield from self._redis(call)))
         except RedisAway:
@@ -1248,7 +1296,7 @@ class Tiers:
             except RedisAway:
                 won = token = None
             if won or token is None:  # else another process refreshes, or has
-                yield from self._load(request, flight, token, None)
+                yield from self._load(request, flight, token, Look(None))
         except Exception as error:  # nobody waits for it: the next caller loads, and is told
             logger.info("%s: refresh failed: %r", request.name, error)
         finally:
@@ -1273,12 +1321,15 @@ class Tiers:
             fresh = ((name, self.l1.fresh(name)) for name in names)
             values = {name: entry.value for name, entry in fresh if entry is not None}
             missing = [name for name in names if name not in values]
+        else:
+            self.l1.misses.add(len(names))
         seen: dict[str, bytes] = {}
         if missing:
             try:
                 values |= yield from self._read_many(missing, seen)
             except RedisAway:
                 values |= self._remembered(missing)
+        self._counts["misses"].add(len(set(names)) - len(values))
         if load_many is not None and len(values) < len(names):
             asked = {n: k for n, k in zip(names, keys, strict=True) if n not in values}
             requests = {name: self._request(name, load_many, ttl_s, tags) for name in asked}
@@ -1303,13 +1354,16 @@ class Tiers:
                 continue
             try:  # as unpack() does, without a call for each of them
                 fields_ = loads(raw)
-                schema, created_at, ttl_s, _delta_s, stamps, value = fields_
-                is_fresh = schema == SCHEMA and now - created_at < ttl_s
+                schema, created_at, ttl_s, delta_s, stamps, value = fields_
+                is_fresh = schema == SCHEMA and now - created_at < ttl_s and delta_s >= 0.0
             except (ValueError, TypeError):
                 is_fresh = False
             if not is_fresh:
                 self._decoded(name, raw)  # logs and counts what is not ours
-            elif stamps or keeps_copies:
+            elif stamps != {}:
+                if (envelope := self._decoded(name, raw)) is not None:
+                    careful[name] = envelope
+            elif keeps_copies:
                 careful[name] = tuple.__new__(Envelope, fields_)
             else:
                 values[name] = value
@@ -1329,7 +1383,7 @@ class Tiers:
         tags = sorted({tag for envelope in envelopes.values() for tag in envelope.stamps})
         stamps: dict[str, Any] = {}
         if tags:
-            current = self._check((yield from self._redis(*(("GET", tag) for tag in tags))))
+            current = yield from self._redis(*(("GET", tag) for tag in tags))
             stamps = dict(zip(tags, current, strict=True))
         valid = {n: e for n, e in envelopes.items() if self._is_current(e, stamps)}
         if self.policy.l1_ttl_s:
@@ -1346,20 +1400,22 @@ class Tiers:
         load_many: Callable[[list[str]], Any],
         seen: Mapping[str, bytes],
     ) -> Steps[dict[str, Any]]:
-        boarded = {name: self._board(request) for name, request in requests.items()}
-        ours = {name: flight for name, (flight, leads) in boarded.items() if leads}
-        try:
-            if ours:
-                loader = functools.partial(load_many, [names[name] for name in ours])
-                yield from self._lead_many(requests, ours, names, loader, seen)
-        except BaseException as error:
-            for name, flight in ours.items():
-                if not flight.is_done:
-                    self._land(name, flight, None, error)
-            raise
-        values = {}
-        for name, (flight, _leads) in boarded.items():
-            values[name] = (yield Join(flight)).value
+        values: dict[str, Any] = {}
+        while asked := [request for name, request in requests.items() if name not in values]:
+            boarded = {request.name: self._board(request) for request in asked}
+            ours = {name: flight for name, (flight, leads) in boarded.items() if leads}
+            try:
+                if ours:
+                    loader = functools.partial(load_many, [names[name] for name in ours])
+                    yield from self._lead_many(requests, ours, names, loader, seen)
+            except BaseException as error:
+                for name, flight in ours.items():
+                    if not flight.is_done:
+                        self._land(name, flight, None, error)
+                raise
+            for name, (flight, _leads) in boarded.items():
+                with suppress(FlightAbandoned):  # then it is asked for again
+                    values[name] = (yield Join(flight)).value
         return values
 
     def _lead_many(
@@ -1396,7 +1452,7 @@ class Tiers:
             raise
         finally:
             _loading.reset(mark)
-            self._count_load(self._clock() - started)
+            self._count_load(self._clock() - started, len(flights))
         delta_s = (self._clock() - started) / len(flights)
         packed: dict[str, tuple[bytes, Envelope]] = {}
         for name in flights:
@@ -1409,7 +1465,9 @@ class Tiers:
         yield from self._give_back(leased - packed.keys(), token)
         filled = set(packed)
         fills = {
-            name: FILL.call([name, self.keys.lease(name)], token, raw, self._life_ms(env.ttl_s))
+            name: FILL.call(
+                [name, self.keys.lease(name)], token, raw, self._life_ms(env.ttl_s, env.value)
+            )
             for name, (raw, env) in packed.items()
             if name in leased
         }
@@ -1443,7 +1501,8 @@ class Tiers:
             packed, envelope = self._pack(request, value, 0.0, stamps)
             keys = [request.name, self.keys.lease(request.name)]
             message = f"{self.id} {request.name}"
-            call = PUT.call(keys, packed, self._life_ms(envelope.ttl_s), self.keys.channel, message)
+            life_ms = self._life_ms(envelope.ttl_s, value)
+            call = PUT.call(keys, packed, life_ms, self.keys.channel, message)
             self._check((yield from self._redis(call)))
         except RedisAway:
             packed, envelope = self._pack(request, value, 0.0, dict.fromkeys(request.tags, ""))
@@ -1531,6 +1590,8 @@ class TieredCache(Tiers):
             try:
                 reading = self._join(flight)
             except FlightAbandoned:
+                if self._is_closed:
+                    raise CacheClosed(self.namespace) from None
                 continue
             if reading.is_stale:
                 self._count("stale_served")
@@ -1548,7 +1609,7 @@ class TieredCache(Tiers):
             self._land(request.name, flight, reading)
 
     def _join(self, flight: Flight) -> Reading:
-        if not flight.is_done and not flight.event.wait(self.policy.load_timeout_s):
+        if not flight.is_done and not flight.event.wait(self.policy.load_timeout_s + LANDING_S):
             raise self._load_timeout()
         return flight.outcome()
 
@@ -1672,7 +1733,7 @@ class AsyncTieredCache(Tiers):
 
     def __init__(self, namespace: str, client: Any = None, *args: Any, **kwargs: Any) -> None:
         super().__init__(namespace, client, *args, **kwargs)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     async def get_or_load(
         self,
@@ -1709,15 +1770,18 @@ class AsyncTieredCache(Tiers):
             try:
                 reading = await self._join(flight)
             except FlightAbandoned:
+                if self._is_closed:
+                    raise CacheClosed(self.namespace) from None
                 continue
             if reading.is_stale:
                 self._count("stale_served")
             return reading
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
         self._tasks.add(task)  # the loop itself keeps no strong reference
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _fly(self, request: Request, flight: Flight) -> None:
         """Look, then begin the load: its task outlives the caller, who may be cancelled."""
@@ -1731,23 +1795,25 @@ class AsyncTieredCache(Tiers):
             if look.reading is not None:
                 self._land(request.name, flight, look.reading)
                 return
+            if self._is_closed:
+                self._land(request.name, flight, None, CacheClosed(self.namespace))
+                return
             flight.event = flight.event or self._new_event()
-            self._start(self._obtain_and_land(request, flight, look))
+            task = self._start(self._drive(self._obtain(request, flight, look)))
+            task.add_done_callback(functools.partial(self._land_task, request.name, flight))
 
-    async def _obtain_and_land(self, request: Request, flight: Flight, look: Look) -> None:
-        try:
-            reading = await self._drive(self._obtain(request, flight, look))
-        except BaseException as error:
-            self._land(request.name, flight, None, error)
-            if not isinstance(error, Exception):
-                raise
+    def _land_task(self, name: str, flight: Flight, task: asyncio.Task[Reading]) -> None:
+        if task.cancelled():  # also before it began
+            self._land(name, flight, None, asyncio.CancelledError())
+        elif (error := task.exception()) is not None:
+            self._land(name, flight, None, error)
         else:
-            self._land(request.name, flight, reading)
+            self._land(name, flight, task.result())
 
     async def _join(self, flight: Flight) -> Reading:
         if not flight.is_done:
             try:
-                async with asyncio.timeout(self.policy.load_timeout_s):
+                async with asyncio.timeout(self.policy.load_timeout_s + LANDING_S):
                     await flight.event.wait()
             except TimeoutError:
                 raise self._load_timeout() from None
@@ -1824,6 +1890,10 @@ class AsyncTieredCache(Tiers):
             if not limit.expired():  # the loader's own
                 raise
             raise self._load_timeout() from None
+        except asyncio.CancelledError as error:
+            if cast(asyncio.Task[Any], asyncio.current_task()).cancelling():  # we are
+                raise
+            raise LoadCancelled(f"{self.namespace}: the loader was cancelled") from error
 
     async def _send(self, calls: tuple[Call, ...]) -> list[Any]:
         client = self.client
@@ -1852,7 +1922,7 @@ def cached(
     ttl_s: float | None = None,
     tags: Callable[..., Iterable[str]] | None = None,
 ) -> Callable[[Callable[..., Any]], Any]:
-    """Decorate a function whose arguments make its key: str, int, bool, None, or tuples of them.
+    """Decorate a function whose arguments make its key: each a str, an int, a bool, or None.
 
     Give it to a coroutine function with an AsyncTieredCache. `tags(*args)` names the tags of a
     call. The result has `.key(*args)` and `.invalidate(*args)`. A hit in L1 is read here, without
@@ -1919,12 +1989,10 @@ def cached(
 
 
 def _key_part(argument: object) -> str:
-    if isinstance(argument, tuple):
-        return f"({','.join(map(_key_part, argument))})"
     if argument is None or type(argument) in (bool, int, str):
         return repr(argument)
     kind = type(argument).__name__
-    raise TypeError(f"a key is made of str, int, bool, None and tuples, not of {kind}")
+    raise TypeError(f"a key is made of str, int, bool and None, not of {kind}")
 
 
 # ── The cache, 6: copies in other processes ─────────────────────────────────────────
@@ -1994,8 +2062,14 @@ class TrackingListener(Listener):
     """By RESP3 client tracking: hears of every change to a value, also by redis-cli or expiry, and
     of its own cache's fills, whose copies are then read from Redis once more.
 
-    BCAST makes Redis remember our prefixes, not each key that we read. From Redis 6.
+    BCAST makes Redis remember our prefixes, not each key that we read. From Redis 6; raises
+    ValueError for a client of the older protocol, which would hear nothing.
     """
+
+    def __init__(self, cache: Tiers, client: Any) -> None:
+        if str(client.connection_pool.connection_kwargs.get("protocol") or 3) != "3":
+            raise ValueError("tracking needs protocol=3")
+        super().__init__(cache, client)
 
     def _listen(self) -> None:
         pool = self._client.connection_pool
@@ -2106,6 +2180,7 @@ class WriteBehind:
 def prometheus(name: str, stats: Stats) -> str:
     """`stats` in Prometheus's text format, version 0.0.4, for the cache `name`."""
     lines: list[str] = []
+    escaped = name.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
 
     def metric(
         metric_name: str, kind: str, help_text: str, samples: Iterable[tuple[str, float]]
@@ -2113,10 +2188,10 @@ def prometheus(name: str, stats: Stats) -> str:
         lines.append(f"# HELP cache_{metric_name} {help_text}")
         lines.append(f"# TYPE cache_{metric_name} {kind}")
         for labels, value in samples:
-            lines.append(f"cache_{metric_name.partition(' ')[0]}{labels} {value:g}")
+            lines.append(f"cache_{metric_name}{labels} {value}")
 
     def labels(**more: object) -> str:
-        pairs = {"cache": name, **more}.items()
+        pairs = {"cache": escaped, **more}.items()
         return "{" + ",".join(f'{k}="{v}"' for k, v in pairs) + "}"
 
     tiers = [("l1", stats.l1_hits), ("l2", stats.l2_hits)]
@@ -2140,7 +2215,7 @@ def prometheus(name: str, stats: Stats) -> str:
     bounds = [*map(str, LOAD_BUCKETS_S), "+Inf"]
     for bound, count in zip(bounds, itertools.accumulate(stats.load_buckets), strict=True):
         lines.append(f"cache_load_seconds_bucket{labels(le=bound)} {count}")
-    lines.append(f"cache_load_seconds_sum{labels()} {stats.load_s:g}")
+    lines.append(f"cache_load_seconds_sum{labels()} {stats.load_s}")
     lines.append(f"cache_load_seconds_count{labels()} {stats.loads}")
     return "\n".join(lines) + "\n"
 
@@ -3748,6 +3823,7 @@ def demo_real_world(workspace: Workspace | None) -> RealWorldResult | None:
     rng = random.Random(SEED)
     for _ in range(500):
         board.add(f"player {rng.randrange(100):02}", rng.randrange(1, 10))
+    client.expire(f"{prefix}:board", 3600)  # it has no end of its own, should this run be killed
     top, rank = board.top(3), board.rank("player 07")
     fact("leaderboard", ", ".join(f"{name} {points:g}" for name, points in top))
     fact("player 07", f"rank {rank} of {client.zcard(f'{prefix}:board')}")
@@ -3877,6 +3953,8 @@ def open_redis(url: str, timeout_s: float) -> Workspace:
         probe.set(key, b"", px=1000)
         probe.unlink(key)
     except (redis.exceptions.BusyLoadingError, RedisTimeout) as error:
+        if url.startswith("rediss:"):  # it took our connection, but not our TLS
+            raise config.ConfigError(f"REDIS_URL: {shown}: no answer in TLS: {error}") from error
         raise config.ServiceUnavailable("Redis", str(error), url) from error
     except AuthenticationError as error:
         raise config.ConfigError(f"REDIS_URL: {shown} refuses the login: {error}") from error

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +30,9 @@ ROUNDS = 5  # the fewest whose median survives two disturbed rounds
 WARM_UPS = 1  # fills the server's and SQLAlchemy's caches; not counted
 
 Samples = list[float]  # seconds, one for each round
+Counts = Mapping[str, int]  # of what happened in a round
+NONE: Counts = MappingProxyType({})
+OUTCOMES = {True: "met", False: "NOT MET", None: "-"}
 
 # ── Measuring ───────────────────────────────────────────────────────────────────────
 
@@ -102,12 +106,57 @@ class Line:
     def cells(self) -> tuple[str, ...]:
         low, middle, high = min(self.ratios), statistics.median(self.ratios), max(self.ratios)
         ratio = f"{_times(middle)}× {self.word} ({_times(low)}–{_times(high)})"
-        outcome = {True: "met", False: "NOT MET", None: "-"}[self.met]
-        return self.measure, str(self.ours), str(self.other), ratio, self.goal, outcome
+        return self.measure, str(self.ours), str(self.other), ratio, self.goal, OUTCOMES[self.met]
 
 
 def _times(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio < 2 else f"{ratio:.1f}" if ratio < 100 else f"{ratio:.0f}"
+
+
+@dataclass(frozen=True)
+class Tally:
+    """One side of a comparison of what happened: its name, and what each round counted."""
+
+    name: str
+    rounds: Sequence[Counts]
+
+    def __str__(self) -> str:
+        labels = dict.fromkeys(label for counts in self.rounds for label in counts)
+        return f"{self.name}: " + ", ".join(f"{label} {self._range(label)}" for label in labels)
+
+    def _range(self, label: str) -> str:
+        low, high = min(self.of(label)), max(self.of(label))
+        return f"{low:,}" if low == high else f"{low:,}–{high:,}"
+
+    def of(self, label: str) -> list[int]:
+        return [counts.get(label, 0) for counts in self.rounds]
+
+
+@dataclass(frozen=True)
+class CountLine:
+    """A line of counts instead of seconds; a range stands for rounds that differ."""
+
+    measure: str
+    ours: Tally
+    other: Tally
+    goal: str = "-"
+    met: bool | None = None
+
+    def cells(self) -> tuple[str, ...]:
+        return self.measure, str(self.ours), str(self.other), "-", self.goal, OUTCOMES[self.met]
+
+
+def counted(
+    measure: str, ours: Tally, other: Tally, exactly: Counts = NONE, at_most: Counts = NONE
+) -> CountLine:
+    """Ours beside a peer. The goal holds in every round: these counts, and no more than those."""
+    if not exactly and not at_most:
+        return CountLine(measure, ours, other)
+    goals = [f"{label} {n:,}" for label, n in exactly.items()]
+    goals += [f"{label} ≤ {n:,}" for label, n in at_most.items()]
+    met = all(n == seen for label, n in exactly.items() for seen in ours.of(label))
+    met &= all(n >= seen for label, n in at_most.items() for seen in ours.of(label))
+    return CountLine(measure, ours, other, ", ".join(goals), met)
 
 
 def slower(measure: str, ours: Side, other: Side, at_most: float | None = None) -> Line:
@@ -140,7 +189,7 @@ def run_bench(
     doc: str,
     needs: Sequence[str],
     packages: Sequence[str],
-    measures: Callable[[config.Settings], tuple[Mapping[str, str], Iterable[Line]]],
+    measures: Callable[[config.Settings], tuple[Mapping[str, str], Iterable[Line | CountLine]]],
 ) -> int:
     """Print the table of one benchmark; returns the exit code.
 
@@ -150,7 +199,8 @@ def run_bench(
     missing, 130 after Ctrl-C; an error while measuring, such as a wrong answer, is raised.
     """
     title, started = doc.splitlines()[0].rstrip("."), time.perf_counter()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as Ctrl-C does
+    # Cleans up as Ctrl-C does, also where asyncio.Runner has a handler of its own for that.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         settings = config.load_settings()
         missing = [name for name in needs if not getattr(settings, name.lower())]

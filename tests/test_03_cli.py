@@ -1,0 +1,585 @@
+"""Script 03 as a user runs it: a process, its exit code, its two streams, and what it leaves.
+
+Every run gets an empty directory to work in, a TMPDIR of its own that must be empty afterwards, a
+process group that must be empty afterwards, and an environment in which no server is configured
+but the one that the test names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import psutil
+import pytest
+import redis
+import test_01_cli
+from script03 import until
+from services import ROOT, redis_client
+from test_01_cli import END_TIMEOUT_S, IMPORT, SECRET, START, Ended, at_once, demos_of
+
+import config
+import servers
+
+SCRIPT = ROOT / "03_caching_strategies.py"
+DEMOS = (  # in reading order, as the script's guide has them
+    "memoisation", "tiers", "ttl", "stampede", "failing_loader", "invalidation", "outage", "bulk",
+    "real_world", "observability",
+)  # fmt: skip
+QUICK = ("--only", "ttl")  # where any demo will do
+OFFLINE = "On no Redis: the in-process tier alone\n"
+PATIENT = "timeout=10&socket_timeout=10&socket_connect_timeout=10"  # of a busy machine
+
+# ── Running it ──────────────────────────────────────────────────────────────────────
+
+
+class Child(test_01_cli.Child):
+    """Script 03 in a process group of its own, below `home`."""
+
+    def __init__(self, home: Path, args: tuple[str, ...], variables: Mapping[str, str]) -> None:
+        self.temporary = home / "tmp"
+        self.temporary.mkdir(parents=True, exist_ok=True)
+        ours = {*config.SCHEMES, "LOG_LEVEL", "LOG_FORMAT", "CONNECT_TIMEOUT_S"}
+        kept = {name: value for name, value in os.environ.items() if name not in ours}
+        self.process = subprocess.Popen(
+            [sys.executable, "-u", str(SCRIPT), *args],
+            cwd=home,
+            env={**kept, "TMPDIR": str(self.temporary), "PYTHONUTF8": "1", **variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            start_new_session=True,
+            # A shell without job control starts its jobs deaf to Ctrl-C, and they pass that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        self._seen = ""
+
+    def ended(self) -> Ended:
+        ended = super().ended()
+        with pytest.raises(ProcessLookupError):  # nobody of its group is left
+            os.killpg(self.process.pid, 0)
+        return ended
+
+    def ctrl_c(self) -> None:
+        """As a terminal sends it: to the whole group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+
+class Run:
+    """Run the script below `home`; keyword arguments are environment variables."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+
+    def __call__(self, *args: str, **variables: str) -> Ended:
+        return self.start(*args, **variables).ended()
+
+    def start(self, *args: str, **variables: str) -> Child:
+        return Child(self.home, args, variables)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def own() -> Iterator[servers.Redis]:
+    """A Redis that asks for a password, and that may be killed."""
+    try:
+        with servers.running("redis") as started:
+            made = started["redis"]
+            assert isinstance(made, servers.Redis)
+            yield made
+    except servers.ServerUnavailable as missing:
+        report = pytest.fail if os.environ.get("REQUIRE_SERVICES") == "1" else pytest.skip
+        report(str(missing))
+
+
+@pytest.fixture
+def root(own: servers.Redis) -> Iterator[redis.Redis]:
+    """A bare client of an empty server that is well."""
+    own.start()
+    with redis_client(own.url) as client:
+        client.flushall()
+        yield client
+        own.start()
+
+
+# ── Whole runs ──────────────────────────────────────────────────────────────────────
+
+
+def sections(output: str) -> dict[str, str]:
+    """Each demo's lines, by its name."""
+    _, *parts = re.split(r"^── \d+\. ", output, flags=re.MULTILINE)
+    return dict(zip(DEMOS, parts, strict=True))
+
+
+def shape(output: str) -> list[str]:
+    """The lines of a demo whose numbers are measured: what else it says. Rows in the order of what
+    was measured are sorted here."""
+    output = re.sub(r"\n {29}(?=\S)", " ", output)
+    output = re.sub(r"^  note: ≥.*\n", "", output, flags=re.MULTILINE)  # where it was slow
+    output = re.sub(r"(≥ )?(?<!\w)[\d][\d.,]*(e[+-]\d+)?%?(?!\w)", "#", output)
+    lines = [re.sub(r"[\s─]+", " ", line).strip() for line in output.splitlines()]
+    return sorted(lines)
+
+
+def test_shape_keeps_everything_else() -> None:
+    one = "  n   naive ms\n  35  ≥ 1.5e+03  1,234\n  note: ≥: stopped\n  kept: 3 of L1\n"
+    other = "  n   naive ms\n  35  987  12\n  kept: 41 of L1\n"
+    assert shape(one) == shape(other) == ["# # #", "kept: # of L1", "n naive ms"]
+    assert shape(one) != shape(one.replace("L1", "L2"))
+
+
+EXACT = ("ttl", "failing_loader")  # nothing in them is measured
+
+
+def assert_same_but_for_measurements(first: str, second: str) -> None:
+    one, other = sections(first), sections(second)
+    for name in DEMOS[:-1]:  # the last one holds the summary, and buckets of times
+        if name in EXACT:
+            assert one[name] == other[name], name
+        else:
+            assert shape(one[name]) == shape(other[name]), name
+
+
+def warnings_of(ended: Ended) -> str:
+    """stderr without what a breaker says, whose opening is the point of demo 7."""
+    words = " ".join(ended.stderr.split())
+    return re.sub(
+        r"(\[?\d\d:\d\d:\d\d\]? )?WARNING \w+: breaker opened after \d+ failures", "", words
+    )
+
+
+def whole(ended: Ended) -> None:
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert warnings_of(ended).strip() == ""
+    headings = re.findall(r"^── (\d+)\. ", ended.stdout, re.MULTILINE)
+    assert headings == [str(number) for number in range(1, len(DEMOS) + 1)]
+    assert re.search(r"^Demos: 10 in [\d.]+ s; none failed\.$", ended.stdout, re.MULTILINE)
+    assert max(map(len, ended.stdout.splitlines())) <= max(config.WIDTH, len(START) + 10)
+
+
+def test_two_whole_runs_on_redis_differ_only_in_measurements(
+    tmp_path: Path, own: servers.Redis, root: redis.Redis
+) -> None:
+    url = f"{own.url}?{PATIENT}"
+    root.set("foreign", "untouched")
+    first, second = (Run(tmp_path / name)(REDIS_URL=url) for name in ("1", "2"))
+    whole(first)
+    whole(second)
+    assert_same_but_for_measurements(first.stdout, second.stdout)
+    assert first.stdout.startswith(f"On Redis {root.info('server')['redis_version']}\n")
+    assert re.search(r"[\d,]+ calls short-circuited, 0 user errors", first.stdout)
+    assert root.keys() == [b"foreign"]
+    assert own.password not in first.stdout + first.stderr
+    sent = root.info("commandstats")
+    assert sent["cmdstat_keys"]["calls"] == 1  # ours, just now
+    assert sent["cmdstat_flushall"]["calls"] == 1
+    assert "cmdstat_flushdb" not in sent
+
+
+def test_two_whole_runs_without_redis_differ_only_in_measurements(tmp_path: Path) -> None:
+    first, second = (Run(tmp_path / name)() for name in ("1", "2"))
+    whole(first)
+    whole(second)
+    assert_same_but_for_measurements(first.stdout, second.stdout)
+    unavailable, _, _ = first.stdout.partition(OFFLINE)
+    assert unavailable.startswith("Redis is unavailable: REDIS_URL is not set.\n")
+    assert START in " ".join(unavailable.split())
+    shown = sections(first.stdout)
+    gaps = [name for name, text in shown.items() if re.search(r"\n  note: no Redis", text)]
+    assert gaps == [
+        *("tiers", "stampede", "invalidation", "outage", "bulk", "real_world"),
+    ]
+
+
+@pytest.mark.parametrize("args", [(), ("--offline",)], ids=["online", "offline"])
+def test_json_is_all_of_stdout(run: Run, root: redis.Redis, own: servers.Redis, args: Any) -> None:
+    only = [word for name in ("bulk", "tiers", "failing_loader") for word in ("--only", name)]
+    ended = run(*only, *args, "--scale", "500", "--json", REDIS_URL=f"{own.url}?{PATIENT}")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    results = demos_of(ended)
+    assert list(results) == ["tiers", "failing_loader", "bulk"]
+    assert [name for name, result in results.items() if not result.get("result")] == []
+    tiers = results["tiers"]["result"]
+    assert isinstance(tiers, dict)
+    assert (tiers["requests"], tiers["wrong"]) == (500, 0)
+    services = json.loads(ended.stdout)["services"]["redis"]
+    assert services.startswith("no Redis" if args else "Redis ")
+    assert root.dbsize() == 0
+
+
+# ── The command line ────────────────────────────────────────────────────────────────
+
+
+def test_list_names_every_demo_and_opens_nothing(run: Run) -> None:
+    ended = run("--list", REDIS_URL="redis://127.0.0.1:notaport/")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert tuple(line.split()[0] for line in ended.stdout.splitlines()) == DEMOS
+
+
+@pytest.mark.parametrize(
+    "args", [("--scale", "0"), ("--offline", "--require-services"), ("--only", "cache")]
+)
+def test_wrong_usage(run: Run, args: tuple[str, ...]) -> None:
+    ended = run(*args)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert all(arg in ended.stderr for arg in args)
+
+
+def test_offline_asks_no_server(run: Run) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        url = f"redis://:{SECRET}@127.0.0.1:{server.getsockname()[1]}/0"
+        ended = run(*QUICK, "--only", "tiers", "--offline", REDIS_URL=url)
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert ended.returncode == 0
+    assert "--offline was given" in ended.stdout
+    assert OFFLINE in ended.stdout
+    assert SECRET not in ended.stdout + ended.stderr
+
+
+# ── A server that is not there: the in-process tier ─────────────────────────────────
+
+
+def assert_offline(ended: Ended, reason: str, shown: str) -> None:
+    assert (ended.returncode, ended.stderr) == (0, "")
+    unavailable, offline, _ = ended.stdout.partition(OFFLINE)
+    assert offline
+    assert re.match(f"Redis at {shown}.* is unavailable: .*{reason}", unavailable), unavailable
+    assert START in " ".join(unavailable.split())
+    assert len(unavailable.splitlines()) == 2  # the reason and the remedy, a line each
+    assert SECRET not in ended.stdout
+
+
+@pytest.fixture
+def refused() -> Iterator[str]:
+    """host:port of a port that is ours and at which nobody listens."""
+    with closing(socket.socket()) as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{bound.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("scheme", ["redis", "rediss"])
+def test_a_refused_port(run: Run, refused: str, scheme: str) -> None:
+    ended = run(*QUICK, REDIS_URL=f"{scheme}://app:{SECRET}@{refused}/0")
+    assert_offline(ended, "Connection refused", rf"{scheme}://app:\*\*\*@")
+
+
+def test_an_unknown_host(run: Run) -> None:
+    ended = run(*QUICK, REDIS_URL=f"redis://:{SECRET}@cache.invalid:6379/0")
+    assert_offline(ended, "(known|resolution|answer|timed out)", r"redis://:\*\*\*@")
+
+
+def test_a_server_that_accepts_and_never_answers(run: Run) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as silent:
+        url = f"redis://:{SECRET}@127.0.0.1:{silent.getsockname()[1]}/0"
+        ended = run(*QUICK, REDIS_URL=url, CONNECT_TIMEOUT_S="0.5")
+    assert_offline(ended, "(timed out|no answer|Timeout)", r"redis://:\*\*\*@")
+
+
+def test_a_server_that_hangs(run: Run, own: servers.Redis, root: redis.Redis) -> None:
+    assert root.ping()
+    own.pause()
+    try:
+        ended = run(*QUICK, REDIS_URL=own.url, CONNECT_TIMEOUT_S="0.5")
+    finally:
+        own.resume()
+    assert_offline(ended, "(timed out|no answer|Timeout)", r"redis://:\*\*\*@")
+    assert own.password not in ended.stdout
+
+
+def test_a_unix_socket_that_is_missing_or_dead(run: Run) -> None:
+    path = run.home / "dead"
+    url = f"unix://{path}"
+    assert_offline(run(*QUICK, REDIS_URL=url), "No such file", url)
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    assert_offline(run(*QUICK, REDIS_URL=url), "Connection refused", url)
+
+
+def test_a_required_service_that_is_missing(run: Run, refused: str) -> None:
+    url = f"redis://:{SECRET}@{refused}/0"
+    ended = run(*QUICK, "--require-services", REDIS_URL=url)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "--require-services: Redis at redis://:***@127.0.0.1:" in ended.stderr
+    assert START in " ".join(ended.stderr.split())
+    assert SECRET not in ended.stderr
+    assert run(*QUICK, "--require-services").returncode == 2
+
+
+# ── A server that refuses: never silently offline ───────────────────────────────────
+
+
+def assert_refused(ended: Ended, *words: str) -> None:
+    assert ended.returncode == 2, ended.stdout + ended.stderr
+    assert ended.stdout == ""
+    assert "REDIS_URL" in ended.stderr
+    for word in words:
+        assert re.search(word, ended.stderr), ended.stderr
+    assert SECRET not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("argument", "variables"),
+    [
+        ("--scale=5", {}),
+        ("--require-services", {}),
+        ("--json", {"LOG_LEVEL": "DEBUG", "LOG_FORMAT": "json"}),
+    ],
+)
+def test_a_wrong_password(
+    run: Run, own: servers.Redis, root: redis.Redis, argument: str, variables: dict[str, str]
+) -> None:
+    url = f"redis://default:{SECRET}@127.0.0.1:{own.port}/0"
+    ended = run(argument, REDIS_URL=url, **variables)
+    assert_refused(ended, "WRONGPASS|invalid", r"default:\*\*\*@127\.0\.0\.1")
+
+
+def test_no_password_where_one_is_asked_for(
+    run: Run, own: servers.Redis, root: redis.Redis
+) -> None:
+    assert_refused(run(*QUICK, REDIS_URL=f"redis://127.0.0.1:{own.port}/0"), "[Aa]uthentication")
+
+
+def test_a_database_that_does_not_exist(run: Run, own: servers.Redis, root: redis.Redis) -> None:
+    ended = run(*QUICK, REDIS_URL=own.url.removesuffix("/0") + "/99")
+    assert_refused(ended, "out of range|Invalid [Dd]atabase")
+    assert own.password not in ended.stderr
+
+
+RIGHTS = {
+    "reads": "~* &* +@read +@connection +info",
+    "writes elsewhere": "~app:* &* +@all",
+    "nothing": "",
+}
+
+
+@pytest.mark.parametrize("rights", RIGHTS.values(), ids=RIGHTS.keys())
+def test_a_user_who_may_not_write(
+    run: Run, own: servers.Redis, root: redis.Redis, rights: str
+) -> None:
+    root.execute_command("ACL", "SETUSER", "app", "reset", "on", f">{SECRET}", *rights.split())
+    ended = run(*QUICK, REDIS_URL=f"redis://app:{SECRET}@127.0.0.1:{own.port}/0")
+    assert_refused(ended, r"app:\*\*\*@", "permission|NOPERM")
+    assert root.dbsize() == 0
+
+
+def test_a_replica_that_is_read_only(run: Run, own: servers.Redis, root: redis.Redis) -> None:
+    root.replicaof("127.0.0.1", 1)
+    try:
+        ended = run(*QUICK, REDIS_URL=own.url)
+    finally:
+        root.replicaof("NO", "ONE")
+    assert_refused(ended, "read.only")
+
+
+def test_a_server_out_of_memory(run: Run, own: servers.Redis, root: redis.Redis) -> None:
+    root.config_set("maxmemory", "1")
+    try:
+        ended = run(*QUICK, REDIS_URL=own.url)
+    finally:
+        root.config_set("maxmemory", "0")
+    assert_refused(ended, "memory")
+
+
+def test_a_client_that_wants_tls_of_a_plain_server(
+    run: Run, own: servers.Redis, root: redis.Redis
+) -> None:
+    ended = run(*QUICK, REDIS_URL=f"rediss://app:{SECRET}@127.0.0.1:{own.port}/0")
+    assert_refused(ended, r"app:\*\*\*@127\.0\.0\.1", "SSL|TLS|ssl")
+
+
+@contextmanager
+def answering(reply: bytes) -> Iterator[str]:
+    """host:port of a server that answers whatever it reads with `reply`, and hangs up."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                with closing(connection):
+                    if connection.recv(1000):
+                        connection.sendall(reply)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+REPLIES = {
+    "TLS": b"\x15\x03\x03\x00\x02\x02\x46",  # the alert protocol_version of RFC 8446
+    "HTTP": b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("reply", REPLIES.values(), ids=REPLIES.keys())
+def test_a_server_that_is_no_plain_redis(run: Run, reply: bytes) -> None:
+    with answering(reply) as address:
+        ended = run(*QUICK, REDIS_URL=f"redis://app:{SECRET}@{address}/0")
+    assert_refused(ended, r"app:\*\*\*@127\.0\.0\.1")
+
+
+MALFORMED = {
+    "no port": f"redis://app:{SECRET}@127.0.0.1:notaport/0",
+    "no such port": f"redis://app:{SECRET}@127.0.0.1:99999/0",
+    "nothing": "redis://",
+    "another service": f"postgresql://app:{SECRET}@127.0.0.1/app",
+    "@ before": f"redis://app:x@{SECRET}@127.0.0.1/0",
+    "slash": f"redis://app:x/{SECRET}@127.0.0.1/0",
+    "question mark": f"redis://app:x?{SECRET}@127.0.0.1/0",
+    "no number": "redis://app:{password}@{address}/0?socket_timeout=soon",
+    "typo": "redis://:{password}@{address}/0?sokcet_timeout=1",
+    "no database": "redis://:{password}@{address}/app",
+    "decoded": "redis://:{password}@{address}/0?decode_responses=true",
+    "no protocol": "redis://:{password}@{address}/0?protocol=9",
+}
+
+
+def test_malformed_urls(tmp_path: Path, own: servers.Redis, root: redis.Redis) -> None:
+    given = {"address": f"127.0.0.1:{own.port}", "password": own.password}
+    runs = [
+        partial(Run(tmp_path / name), *QUICK, "--only", "tiers", REDIS_URL=url.format(**given))
+        for name, url in MALFORMED.items()
+    ]
+    outcomes = dict(zip(MALFORMED, at_once(*runs), strict=True))
+    accepted = {name: e.stdout + e.stderr for name, e in outcomes.items() if e.returncode != 2}
+    assert accepted == {}
+    for name, ended in outcomes.items():
+        assert_refused(ended)
+        assert own.password not in ended.stderr
+        assert len(ended.stderr.strip().splitlines()) == 1, name
+
+
+def test_a_password_of_special_characters_percent_encoded(
+    run: Run, own: servers.Redis, root: redis.Redis
+) -> None:
+    password = "p@ss/w:rd?#%20 é"
+    root.execute_command("ACL", "SETUSER", "special", "on", f">{password}", "~*", "&*", "+@all")
+    url = f"redis://special:{quote(password, safe='')}@127.0.0.1:{own.port}/0"
+    assert run(*QUICK, REDIS_URL=url).stdout.startswith("On Redis "), url
+
+
+def test_json_logs_are_one_object_a_line_and_hold_no_password(
+    run: Run, own: servers.Redis, root: redis.Redis
+) -> None:
+    variables = {"LOG_FORMAT": "json", "LOG_LEVEL": "DEBUG"}
+    ended = run("--only", "outage", "--json", REDIS_URL=own.url, **variables)
+    records = [json.loads(line) for line in ended.stderr.splitlines()]
+    assert records
+    assert all({"time", "level", "logger", "message"} <= record.keys() for record in records)
+    assert list(demos_of(ended)) == ["outage"]
+    assert own.password not in ended.stderr + ended.stdout
+
+
+# ── Redis dies, or the user has seen enough ─────────────────────────────────────────
+
+LONG = ("tiers", "stampede", "invalidation", "bulk", "real_world", "observability")
+
+
+@pytest.mark.parametrize("at", [1, 2, 4, 6, 9, 10])
+def test_redis_killed_in_the_middle(
+    run: Run, own: servers.Redis, root: redis.Redis, at: int
+) -> None:
+    """Right after the heading of demo `at` (1: when it says which Redis it has)."""
+    only = [word for name in LONG for word in ("--only", name)]
+    child = run.start(*only, REDIS_URL=own.url)
+    child.until("On Redis" if at == 1 else f"── {at}. ")
+    own.kill()
+    ended = child.ended()
+    assert ended.returncode in (0, 1)
+    outcome = re.search(r"^Demos: 6 in [\d.]+ s; (none failed|failed: .*)\.$", ended.stdout, re.M)
+    assert outcome, ended.stdout
+    assert (outcome[1] == "none failed") is (ended.returncode == 0)
+    assert own.password not in ended.stdout + ended.stderr
+
+
+def has_loaders(child: Child) -> bool:
+    """The four processes of demo 4 (and what multiprocessing adds) are there."""
+    return len(child.children()) >= 4
+
+
+def has_server(child: Child) -> bool:
+    return any("redis-server" in process.name() for process in child.children())
+
+
+MOMENTS: dict[str, tuple[str, Callable[[Child], object]]] = {
+    "memoisation": ("── 1. ", lambda _child: True),
+    "tiers": ("── 2. ", lambda _child: True),
+    "stampede": ("── 4. ", lambda _child: True),
+    "stampede of processes": ("── 4. ", has_loaders),
+    "outage": ("── 7. ", has_server),
+    "real_world": ("── 9. ", lambda _child: True),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_ctrl_c_leaves_nothing_behind(
+    run: Run, own: servers.Redis, root: redis.Redis, moment: str
+) -> None:
+    heading, is_there = MOMENTS[moment]
+    child = run.start("--only", moment.partition(" ")[0], REDIS_URL=f"{own.url}?{PATIENT}")
+    child.until(heading)
+    until(lambda: is_there(child))
+    child.ctrl_c()
+    ended = child.ended()
+    assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
+    assert root.dbsize() == 0
+
+
+@pytest.mark.parametrize("seconds", [0.4, 0.8, 1.2, 1.6])
+def test_a_sigterm_is_as_good_as_a_ctrl_c(
+    run: Run, own: servers.Redis, root: redis.Redis, seconds: float
+) -> None:
+    """At some moment of the outage: stopped, killed, restarting; the rule holds at each."""
+    child = run.start("--only", "outage", REDIS_URL=own.url)
+    child.until("── 7. ")
+    until(lambda: has_server(child))
+    time.sleep(seconds)
+    child.process.terminate()
+    ended = child.ended()
+    assert ended.returncode == 130
+    assert root.dbsize() == 0
+
+
+# ── Importing ───────────────────────────────────────────────────────────────────────
+
+
+def test_importing_opens_reads_and_configures_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("LOG_LEVEL=DEBUG\nREDIS_URL=nonsense\n")
+    ended = subprocess.run(
+        [sys.executable, "-c", IMPORT.replace(test_01_cli.SCRIPT.stem, SCRIPT.stem)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=END_TIMEOUT_S,
+        check=False,
+    )
+    assert ended.stderr == ""
+    assert ended.stdout.splitlines() == ["[]", "[]", "[] True", "True"]
