@@ -165,7 +165,7 @@ class LoadCancelled(CacheError):
 
 
 class CacheClosed(CacheError):
-    """The cache was closed while this caller waited, or, on asyncio, before it asked."""
+    """A closed cache answers what it has, and loads no more."""
 
 
 class InvalidationLost(CacheError):
@@ -271,8 +271,10 @@ class TTLCache:
     def set(self, key: Hashable, value: object, ttl_s: float, *, stale_s: float = 0.0) -> None:
         """Keep `value` for `ttl_s`, then for `stale_s` more for `stale()` alone.
 
-        Raises ValueError unless `ttl_s` is above 0.
+        Raises ValueError unless `ttl_s` is above 0, and `stale_s` at least 0.
         """
+        if not 0 <= stale_s < math.inf:
+            raise ValueError(f"stale_s must not be negative, but {stale_s!r}")
         now = self.clock()
         end = now + positive("ttl_s", ttl_s)
         self.put([(key, Entry(value, end, end + stale_s, now, end))])
@@ -825,7 +827,7 @@ class Tiers:
         self._lock = threading.Lock()  # of the four below
         self._flights: dict[str, Flight] = {}
         self._refreshes: dict[str, Flight] = {}
-        self._pending: dict[str, None] = {}  # invalidations for a Redis that is away, in order
+        self._pending: dict[str, object] = {}  # invalidations for a Redis that is away, in order
         self._invalidated = 0
         self._is_closed = False
         self._complained: dict[str, float] = {}
@@ -984,13 +986,14 @@ class Tiers:
     def _replay(self) -> Steps[None]:
         while self._pending:
             with self._lock:
-                batch = list(self._pending)[:REPLAY_BATCH]
+                batch = dict(itertools.islice(self._pending.items(), REPLAY_BATCH))
             drops = tuple(map(self._drop, batch))
             replies: list[Any] = yield Commands(drops)
             self._check((yield from self._with_scripts(drops, replies)))
             with self._lock:
-                for name in batch:
-                    self._pending.pop(name, None)
+                for name, ticket in batch.items():
+                    if self._pending.get(name) is ticket:  # else it was invalidated once more
+                        del self._pending[name]
 
     @staticmethod
     def _with_scripts(calls: tuple[Call, ...], replies: list[Any]) -> Steps[list[Any]]:
@@ -1201,10 +1204,14 @@ class Tiers:
         mark = _loading.set(_loading.get() | {request.name})
         try:
             value = yield Load(request.loader)
-        except Exception as error:
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            yield from self._give_back([request.name], token)
+            if not isinstance(error, Exception):  # Ctrl-C, or a task that was cancelled
+                raise
             self._count_load(self._clock() - started)
             self._count("load_errors")
-            yield from self._give_back([request.name], token)
             self._keep_error(request, flight, error)
             if self._may_stand_in(look.old):
                 logger.info("%s: serving stale, its loader failed: %r", request.name, error)
@@ -1531,7 +1538,7 @@ class Tiers:
         with self._lock:
             if len(self._pending) + len(names) > MAX_PENDING:
                 raise InvalidationLost(f"{len(self._pending)} invalidations wait for Redis")
-            self._pending |= dict.fromkeys(names)
+            self._pending |= {name: object() for name in names}
         return False
 
 
@@ -1600,6 +1607,8 @@ class TieredCache(Tiers):
     def _fly(self, request: Request, flight: Flight) -> None:
         try:
             look = self._drive(self._look(request, flight))
+            if look.reading is None and self._is_closed:
+                raise CacheClosed(self.namespace)
             reading = look.reading or self._drive(self._obtain(request, flight, look))
         except BaseException as error:
             self._land(request.name, flight, None, error)
@@ -2053,7 +2062,7 @@ class MessageListener(Listener):
                 if message["type"] == "subscribe":
                     self._begin()
                 elif message["type"] == "message":
-                    sender, _, name = message["data"].decode().partition(" ")
+                    sender, _, name = message["data"].decode(errors="replace").partition(" ")
                     if sender != self._cache.id:
                         self._cache.forget(name)
 
@@ -2126,12 +2135,15 @@ class WriteBehind:
         self._attempts, self._retry_s, self._linger_s = attempts, retry_s, linger_s
         self._queue: queue.Queue[tuple[str, Any] | None] = queue.Queue(max_queued)
         self.written, self.batches, self.failed = 0, 0, dict[str, Any]()
+        self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="write-behind", daemon=True)
         self._thread.start()
         atexit.register(self.close)
 
     def put(self, key: str, value: object, timeout_s: float = 1.0) -> None:
-        """Raises BacklogFull where the queue stays full for `timeout_s`."""
+        """Raises BacklogFull where the queue stays full for `timeout_s`, CacheClosed at the end."""
+        if self._is_closed:
+            raise CacheClosed("write-behind")
         if len(self.failed) >= self._queue.maxsize:
             raise BacklogFull(f"{len(self.failed)} writes failed")
         try:
@@ -2142,18 +2154,20 @@ class WriteBehind:
     def close(self) -> None:
         """Write what waits, then stop; at exit at the latest."""
         atexit.unregister(self.close)
+        self._is_closed = True
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join()
+        late = [self._queue.get_nowait() for _ in range(self._queue.qsize())]
+        if batch := dict(item for item in late if item is not None):  # put meanwhile
+            self._flush(batch)
 
     def _run(self) -> None:
-        item = self._queue.get()
-        while item is not None:
-            batch = dict([item])
-            item = None
-            while len(batch) < self._batch:
+        while (item := self._queue.get()) is not None:
+            batch, end = dict([item]), time.monotonic() + self._linger_s
+            while len(batch) < self._batch and (left_s := end - time.monotonic()) > 0:
                 try:
-                    item = self._queue.get(timeout=self._linger_s)
+                    item = self._queue.get(timeout=left_s)
                 except queue.Empty:
                     break
                 if item is None:
@@ -2161,7 +2175,6 @@ class WriteBehind:
                     return
                 batch[item[0]] = item[1]
             self._flush(batch)
-            item = self._queue.get()
 
     def _flush(self, batch: dict[str, Any]) -> None:
         for attempt in range(1, self._attempts + 1):
@@ -2173,6 +2186,8 @@ class WriteBehind:
             else:
                 self.written += len(batch)
                 self.batches += 1
+                for key in batch:
+                    self.failed.pop(key, None)  # an older write, which is not to come after it
                 return
         self.failed |= batch
 
@@ -2201,7 +2216,16 @@ def prometheus(name: str, stats: Stats) -> str:
         "misses_total", "counter", "Questions unanswered.", ((labels(tier=t), n) for t, n in misses)
     )
     for counter in (
-        *("load_errors", "waits", "early_refreshes", "stale_served", "evictions", "expirations"),
+        *(
+            "misses",
+            "loaded",
+            "load_errors",
+            "waits",
+            "early_refreshes",
+            "stale_served",
+            "evictions",
+            "expirations",
+        ),
         *("fills_refused", "undecodable", "uncacheable", "invalidations", "redis_errors"),
         *("breaker_opened", "short_circuited"),
     ):
@@ -3703,6 +3727,8 @@ class SlidingWindow:
         window_s: float,
         clock: Callable[[], float] | None = None,
     ) -> None:
+        if limit < 1:
+            raise ValueError(f"limit must be at least 1, not {limit}")
         self._client, self._limit, self._clock = client, limit, clock
         self._window_ms = round(1000 * positive("window_s", window_s))
 
@@ -3724,7 +3750,7 @@ class Leaderboard:
         return cast(float, self._client.zincrby(self._name, points, player))
 
     def top(self, count: int) -> list[tuple[str, float]]:
-        return self._range(0, count - 1)
+        return self._range(0, count - 1) if count > 0 else []
 
     def rank(self, player: str) -> int | None:
         """1 for the first; None for who has no points yet."""
@@ -3752,6 +3778,8 @@ class FeatureRows:
 
     def _encode(self, row: Mapping[str, Any]) -> bytes:
         raw = orjson.dumps(dict(row))
+        if len(raw) > MAX_ROW_BYTES:
+            raise ValueError(f"a row of {len(raw):,} bytes, above {MAX_ROW_BYTES:,}")
         return b"j" + raw if len(raw) < self._threshold else b"z" + zlib.compress(raw, 1)
 
     @staticmethod
@@ -3762,7 +3790,8 @@ class FeatureRows:
                 return None
             unpacker = zlib.decompressobj()
             text = raw[1:] if raw[:1] == b"j" else unpacker.decompress(raw[1:], MAX_ROW_BYTES)
-            return cast(dict[str, Any], orjson.loads(text))
+            row = orjson.loads(text)
+            return row if isinstance(row, dict) else None
         except (zlib.error, ValueError):
             return None
 

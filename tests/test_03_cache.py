@@ -92,8 +92,8 @@ NO_BYTES_OF_OURS = {
 class TTLCacheMachine(RuleBasedStateMachine):
     """Against an OrderedDict of (value, fresh until, expires at), the most recently used last."""
 
-    LIMIT = 4
-    keys = st.integers(0, 7)
+    LIMIT = 3
+    keys = st.integers(0, 4)  # few, and short times: so that what seldom happens does
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class TTLCacheMachine(RuleBasedStateMachine):
         self.counts["expirations"] += len(expired)
         return len(expired)
 
-    @rule(key=keys, ttl_s=st.integers(1, 20), stale_s=st.sampled_from([0, 0, 5]))
+    @rule(key=keys, ttl_s=st.integers(1, 4), stale_s=st.sampled_from([0, 0, 2]))
     def set(self, key: int, ttl_s: int, stale_s: int) -> None:
         value, end = next(self.values), self.clock.now + ttl_s
         self.cache.set(key, value, ttl_s, stale_s=stale_s)
@@ -137,7 +137,7 @@ class TTLCacheMachine(RuleBasedStateMachine):
     def delete(self, key: int) -> None:
         assert self.cache.delete(key) is (self.model.pop(key, None) is not None)
 
-    @rule(seconds=st.integers(1, 10))
+    @rule(seconds=st.integers(1, 2))
     def wait(self, seconds: int) -> None:
         self.clock.advance(seconds)
 
@@ -154,7 +154,7 @@ class TTLCacheMachine(RuleBasedStateMachine):
     @invariant()
     def holds_what_the_model_holds(self) -> None:
         assert len(self.cache) == len(self.model) <= self.LIMIT
-        for key in range(8):
+        for key in range(5):
             value, _, end = self.model.get(key, (None, -1, -1))
             entry = self.cache.stale(key)
             assert (entry and entry.value) == (value if end > self.clock.now else None)
@@ -165,7 +165,7 @@ class TTLCacheMachine(RuleBasedStateMachine):
         assert counted == self.counts
 
 
-TTLCacheMachine.TestCase.settings = settings(PURE, max_examples=150, stateful_step_count=40)
+TTLCacheMachine.TestCase.settings = settings(PURE, max_examples=200, stateful_step_count=50)
 TestTTLCache = TTLCacheMachine.TestCase
 
 
@@ -267,8 +267,7 @@ class ReadMeanwhile:
         return 1
 
 
-# Both fail where the cache iterates over entries that a reader moves meanwhile:
-# RuntimeError: OrderedDict mutated during iteration.
+# An OrderedDict whose entry is moved raises RuntimeError in whoever iterates over it.
 def test_a_reader_does_not_break_who_drops_a_tag() -> None:
     cache = app.TTLCache(10)
     for key in range(10):
@@ -299,7 +298,8 @@ def test_endless_writing_needs_no_endless_memory(deletes: bool) -> None:
 
 # ── CircuitBreaker ──────────────────────────────────────────────────────────────────
 
-# f and s: a call fails or succeeds; w: a second passes; + and -: the next call is allowed or not.
+# f and s: a call fails or succeeds; w and h: a second passes, or half of one; + and -: the next
+# call is allowed or not.
 BREAKER_TALES = {
     "closed at first": ("+", "closed"),
     "closed below the limit": ("+f+f+", "closed"),
@@ -312,7 +312,7 @@ BREAKER_TALES = {
     "and for a whole second": ("fffw+f-w+s+", "closed"),
     "a success of a call from before does not close": ("fffs-", "open"),
     "nor after the wait, without a probe": ("fffws+-", "half-open"),
-    "a failure of a call from before does not put the probe off": ("fff-f-w+", "half-open"),
+    "a failure of a call from before does not put the probe off": ("fffhf-h+", "half-open"),
     "a probe that never reports: another a second later": ("fffw+-w+-", "half-open"),
     "whose success closes": ("fffw+w+s+", "closed"),
 }
@@ -328,8 +328,8 @@ def test_the_breaker_follows_its_table(tale: str, state: str) -> None:
                 breaker.failure()
             case "s":
                 breaker.success()
-            case "w":
-                clock.advance(1)
+            case "w" | "h":
+                clock.advance(1 if event == "w" else 0.5)
             case _:
                 assert breaker.allow() is (event == "+"), f"at {tale[: at + 1]}"
     assert breaker.state == state
@@ -684,6 +684,14 @@ def test_none_lives_for_the_negative_ttl_at_most(
     assert cache.get("k") is cache.get("set") is MISSING
 
 
+@pytest.mark.parametrize("value", [0, "", False, [], {}], ids=repr)
+def test_no_other_value_counts_as_none(make_cache: MakeCache, clock: Any, value: object) -> None:
+    cache = make_cache(ttl_s=60, negative_ttl_s=5)
+    cache.get_or_load("k", Source(value))
+    clock.advance(60 - A_BIT)
+    assert is_same(cache.get("k"), value)
+
+
 @alone
 def test_none_is_not_served_stale(make_cache: MakeCache, clock: Any) -> None:
     cache = make_cache(negative_ttl_s=5, stale_if_error_s=300)
@@ -816,7 +824,6 @@ def test_another_process_has_the_stale_value_too(make_cache: MakeCache, clock: A
     clock.advance(100)
     reading = make_cache().fetch("k", Source(SourceDown("no")))
     assert (reading.value, reading.age_s, reading.is_stale) == ("v", 100, True)
-    # Fails where a stale value is called L1's, whatever tier it came from.
     assert reading.tier == "L2"
 
 
@@ -1119,11 +1126,11 @@ def test_what_a_stranger_left_is_a_miss_and_is_replaced(
 def test_a_stranger_at_a_tag_costs_the_caching_not_the_answer(
     make_cache: MakeCache, client: redis.Redis
 ) -> None:
-    # Fails where the lease is kept though nothing will be filled: other callers wait for its end.
     cache = make_cache(lease_s=0.5)
     client.lpush(cache.cache.keys.tag("x"), "item")
     assert cache.get_or_load("k", Source("v"), tags=["x"]) == "v"
-    assert not client.exists(cache.cache.keys.lease(cache.cache.keys.value("k")))
+    lease = cache.cache.keys.lease(cache.cache.keys.value("k"))
+    assert not client.exists(lease)  # else other callers would wait for its end
     cache.invalidate_tag("x")
     assert cache.get_or_load("k", Source("new"), tags=["x"]) == "new"
 
@@ -1243,7 +1250,7 @@ def test_who_waits_too_long_for_a_load_is_told(make_cache: MakeCache, flavour: s
 
 @asynchronous
 def test_a_stale_value_stands_in_for_a_source_that_hangs(make_cache: MakeCache, clock: Any) -> None:
-    # Fails where the caller's own timeout, which began earlier, ends before the load's.
+    # The caller's wait began before the load, and must not end before it.
     cache = make_cache(load_timeout_s=0.1, ttl_s=60, stale_if_error_s=300)
     cache.get_or_load("k", Source("old"))
     clock.advance(61)
@@ -1309,7 +1316,6 @@ def test_nobody_hears_of_an_error_and_none_is_reported_lost(
 
 @asynchronous
 def test_a_cancelled_bulk_reader_leaves_the_others_their_value(make_cache: MakeCache) -> None:
-    # Fails where who waits in get_many gets FlightAbandoned instead of asking again.
     cache, slow = make_cache(lease_s=0.2), Source({"k": "first"}, held=True)
     first = cache.start("get_many", ["k"], slow)
     until(lambda: slow.loads == 1)
@@ -1327,7 +1333,7 @@ def test_a_cancelled_bulk_reader_leaves_the_others_their_value(make_cache: MakeC
 @asynchronous
 @alone
 def test_a_loader_that_was_cancelled_ends_its_callers(make_cache: MakeCache) -> None:
-    # Fails where they load again without end: such as a loader that awaits a shared task.
+    # Such as one that awaits a shared task: to load again would be no end of it.
     cache, loads = make_cache(), itertools.count(1)
 
     def gives_up() -> str:
@@ -1344,8 +1350,6 @@ def test_a_loader_that_was_cancelled_ends_its_callers(make_cache: MakeCache) -> 
 @asynchronous
 @pytest.mark.parametrize("moment", ["before the load", "during the load"])
 def test_aclose_ends_loads_and_who_waits_for_them(make_cache: MakeCache, moment: str) -> None:
-    # Fails where a caller whose load was cancelled begins another, or waits for a load that was
-    # cancelled before it began.
     cache, slow = make_cache(load_timeout_s=2, lease_s=0.2), Source("v", held=True)
 
     async def ask_and_close() -> list[Any]:
@@ -1439,12 +1443,8 @@ def test_a_call_is_known_by_its_arguments_however_given(make_cache: MakeCache) -
 
 
 def test_arguments_that_differ_have_results_that_differ(make_cache: MakeCache) -> None:
-    # Fails where equal tuples of other types are taken for each other: (1,) and (True,).
     price, calls = recorded(make_cache())
-    arguments = [
-        *(1, True, "1", "True", None, "None", 0, False, "", -1, "a'b", 'a"b', "a,b", "é", "\n"),
-        *((1,), (True,), ("1",), (), ((),), (1, 2), ((1, 2),), ("1, 2",), (1, (2,)), (None,)),
-    ]
+    arguments = [1, True, "1", "True", None, "None", 0, False, "", -1, "a'b", 'a"b', "é", "\n"]
     for argument in arguments:
         assert price(argument) == repr((argument, "EUR", None))
     assert price("a", "b") != price("a,'b'")
@@ -1452,7 +1452,7 @@ def test_arguments_that_differ_have_results_that_differ(make_cache: MakeCache) -
     assert len({price.key(argument) for argument in arguments}) == len(arguments)
 
 
-@pytest.mark.parametrize("argument", [1.5, [1], {"a": 1}, object(), b"a", (1, [2]), Decimal(1)])
+@pytest.mark.parametrize("argument", [1.5, [1], {"a": 1}, object(), b"a", (1,), Decimal(1)])
 def test_an_argument_without_a_stable_text_is_refused(
     make_cache: MakeCache, argument: object
 ) -> None:
@@ -1462,14 +1462,12 @@ def test_an_argument_without_a_stable_text_is_refused(
     assert calls == []
 
 
-def test_a_float_is_refused_though_an_equal_int_was_seen(make_cache: MakeCache) -> None:
-    # Fails as test_arguments_that_differ_have_results_that_differ does.
+def test_an_argument_is_refused_though_an_equal_one_was_seen(make_cache: MakeCache) -> None:
     price, _ = recorded(make_cache())
-    for argument in (1, (1,)):
-        price(argument)
-    for argument in (1.0, (1.0,)):
+    price(1)
+    for equal in (1.0, Decimal(1)):
         with pytest.raises(TypeError):
-            price(argument)
+            price(equal)
 
 
 def test_cached_results_are_invalidated_by_arguments_and_by_tag(make_cache: MakeCache) -> None:
@@ -1588,7 +1586,6 @@ def test_who_asks_after_an_invalidation_does_not_wait_for_the_load_before_it(
 def test_an_error_from_before_a_write_is_not_answered_after_it(
     make_cache: MakeCache, clock: Any, act: str
 ) -> None:
-    # Fails where a failing load stores its error though it was invalidated meanwhile.
     cache = make_cache(error_ttl_s=60, l1_ttl_s=5)
     slow = Source(SourceDown("no"), held=True)
     future = begun(cache, "get_or_load", clock, slow)
