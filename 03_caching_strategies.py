@@ -2215,19 +2215,11 @@ def prometheus(name: str, stats: Stats) -> str:
     metric(
         "misses_total", "counter", "Questions unanswered.", ((labels(tier=t), n) for t, n in misses)
     )
+    metric("source_total", "counter", "Questions for the source.", [(labels(), stats.misses)])
     for counter in (
-        *(
-            "misses",
-            "loaded",
-            "load_errors",
-            "waits",
-            "early_refreshes",
-            "stale_served",
-            "evictions",
-            "expirations",
-        ),
-        *("fills_refused", "undecodable", "uncacheable", "invalidations", "redis_errors"),
-        *("breaker_opened", "short_circuited"),
+        *("loaded", "load_errors", "waits", "early_refreshes", "stale_served", "evictions"),
+        *("expirations", "fills_refused", "undecodable", "uncacheable", "invalidations"),
+        *("redis_errors", "breaker_opened", "short_circuited"),
     ):
         text = counter.replace("_", " ").capitalize() + "."
         metric(f"{counter}_total", "counter", text, [(labels(), getattr(stats, counter))])
@@ -3668,11 +3660,15 @@ local state = redis.call('HMGET', KEYS[1], 'tokens', 'at')
 local tokens, at = tonumber(state[1] or capacity), tonumber(state[2] or now)
 tokens = math.min(capacity, tokens + math.max(0, now - at) * rate)
 local wait = 0
-if tokens >= cost then tokens = tokens - cost else wait = (cost - tokens) / rate end
+if tokens >= cost - 1e-9 * capacity then  -- rounding may have taken that much
+    tokens = math.max(0, tokens - cost)
+else
+    wait = (cost - tokens) / rate
+end
 redis.call('HSET', KEYS[1], 'tokens', string.format('%.17g', tokens),
     'at', string.format('%.17g', math.max(at, now)))
 redis.call('PEXPIRE', KEYS[1], math.ceil(capacity / rate) + 1000)
-return {{wait == 0 and 1 or 0, math.ceil(wait)}}""")
+return {{wait == 0 and 1 or 0, math.ceil(wait - 1e-6)}}""")
 SLIDING_WINDOW = Script(f"""{_NOW}
 local limit, window = tonumber(ARGV[2]), tonumber(ARGV[3])
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', string.format('%.17g', now - window))

@@ -1719,6 +1719,7 @@ def test_every_sample_is_the_counter_it_names() -> None:
         if field.name in shown_otherwise or field.name.startswith("load_") or field.name == "loads":
             continue
         expected[f"cache_{field.name}_total", frozenset([cache])] = getattr(stats, field.name)
+    expected["cache_source_total", frozenset([cache])] = stats.misses
     expected["cache_load_errors_total", frozenset([cache])] = stats.load_errors
     expected["cache_entries", frozenset([cache])] = stats.l1_entries
     expected["cache_saved_seconds_total", frozenset([cache])] = stats.saved_s
