@@ -99,7 +99,8 @@ LOAD_S, CROWD_LOAD_S = 0.05, 0.3
 MOST_WRITES = 10  # of all processes together, by the issue
 LEASE_S = 10  # of the peers' locks: far longer than a load
 AIOCACHE_LEASE_S = 1  # who misses its wake-up waits that long: counted as an answer, not as hung
-HUNG_S, CROWD_HUNG_S = 1.5, 8.0  # dogpile.cache's processes take two seconds
+HUNG_S, CROWD_HUNG_S = 1.5, 5.0  # the processes of dogpile.cache take two, on an idle machine
+LINGER_S = 20.0
 
 # ── The source ──────────────────────────────────────────────────────────────────────
 
@@ -558,8 +559,10 @@ def by_threads(
     number: int,
     go: Callable[[], object] = lambda: None,
     hung_s: float = HUNG_S,
+    linger_s: float = 0.0,
 ) -> Answers:
-    """Threads that exist when `go()` returns. Those that hang stay, as daemons."""
+    """Threads that exist when `go()` returns. Who is hung has `linger_s` more, so as not to
+    disturb the next way, and then stays, as a daemon."""
     gate, answers, last_s = threading.Event(), list[object](), list[float]()
 
     def call() -> None:
@@ -581,6 +584,8 @@ def by_threads(
         thread.join(max(0.0, started_s + hung_s - time.perf_counter()))
     kinds = Counter(kind(answer, record(number)) for answer in tuple(answers))
     hung = callers - kinds.total()
+    for thread in threads:
+        thread.join(max(0.0, started_s + hung_s + linger_s - time.perf_counter()))
     return Answers(
         kinds + Counter(hung=hung), started_s, started_s + hung_s if hung else max(last_s)
     )
@@ -714,7 +719,7 @@ Crowd = Callable[[int, Go], Answers]  # the callers of one process
 
 
 def crowd_of_threads(function: Function) -> Crowd:
-    return lambda number, go: by_threads(function, CROWD, number, go, CROWD_HUNG_S)
+    return lambda number, go: by_threads(function, CROWD, number, go, CROWD_HUNG_S, LINGER_S)
 
 
 def crowd_of_tasks(bench: Bench, function: AsyncFunction) -> Crowd:
@@ -754,7 +759,7 @@ def work(url: str, prefix: str, barrier: Any, pipe: Connection) -> None:
 
 def received(pipe: Connection) -> Any:
     """Raises TimeoutError where the process says nothing, EOFError where it has ended."""
-    if not pipe.poll(3 * CROWD_HUNG_S):
+    if not pipe.poll(CROWD_HUNG_S + 2 * LINGER_S):
         raise TimeoutError("a process of the benchmark does not answer")
     return pipe.recv()
 
