@@ -2467,8 +2467,8 @@ class MemoisationResult:
 def demo_memoisation() -> MemoisationResult:
     """1. Memoisation: lru_cache, its famous ratio, and what it holds on to.
 
-    Prediction: for Fibonacci 30 a hit is far above the 11,456 × of this module's first edition;
-    for 35 it is ten times that, with the same cache.
+    Prediction: for Fibonacci 30 a hit is far above the 11,456 × of this module's first
+    edition; for 35 it is ten times that, with the same cache.
 
     Trade-off: lru_cache knows no time and no other process. For pure functions it is all one needs.
     """
@@ -2621,8 +2621,9 @@ class TtlResult:
 def demo_ttl(catalogue: Catalogue) -> TtlResult:
     """3. TTL: expiry, jitter against expiring together, and negative caching.
 
-    Prediction: 1,000 keys that are loaded at once expire at once; a tenth of jitter spreads them
-    over a tenth of the TTL. A cache that tests `if value:` asks for each unknown key again.
+    Prediction: 1,000 keys that are loaded at once expire at once; a tenth of jitter spreads
+    them over a tenth of the TTL. A cache that tests `if value:` asks for each unknown key
+    again.
 
     Trade-off: a TTL bounds how long you are wrong. Invalidate where that is too long (demo 6).
     """
@@ -2803,13 +2804,18 @@ def stampede_processes(
         for _ in range(processes)
     ]
     try:
-        for worker in workers:
-            worker.start()
+        # A Ctrl-C is for us alone, who end them: they inherit that it is blocked.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            for worker in workers:
+                worker.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         reports = [results.get(timeout=2 * THREADS_TIMEOUT_S) for _ in workers]
     finally:
         for worker in workers:
-            worker.join(1)
-            if worker.is_alive():
+            if worker.pid is not None:
+                worker.join(1)
                 worker.kill()
     answers, loads, began, ended = zip(*reports, strict=True)
     writes = None if before is None else cast(int, server_writes(workspace)) - before
@@ -2870,8 +2876,9 @@ class StampedeResult:
 def demo_stampede(workspace: Workspace | None) -> StampedeResult:
     """4. Stampede: 1,000 callers on one cold key, in one process and in four.
 
-    Prediction: without care, a load for each who comes before the first has ended. A lock around
-    all makes other keys wait, too; a flight does not. Processes need a lease, or each loads once.
+    Prediction: without care, a load for each who comes before the first has ended. A lock
+    around all makes other keys wait, too; a flight does not. Processes need a lease, or
+    each loads once.
 
     Trade-off: XFetch loads more often so that nobody waits; serving stale loads no more often, but
     answers what may be old.
@@ -2969,8 +2976,8 @@ class FailureResult:
 def demo_failing_loader(workspace: Workspace | None) -> FailureResult:
     """5. Failing loader: 100 callers, and a source that raises.
 
-    Prediction: behind one lock each caller loads and fails in his turn, 100 loads in series; with
-    a flight there is one load, and all get its error.
+    Prediction: behind one lock each caller loads and fails in his turn, 100 loads in
+    series; with a flight there is one load, and all get its error.
 
     Trade-off: an old answer is better than none only where it says that it is old.
     """
@@ -3094,8 +3101,9 @@ class InvalidationResult:
 def demo_invalidation(workspace: Workspace | None, catalogue: Catalogue) -> InvalidationResult:
     """6. Invalidation: the race that refills old data, tags, versions, other processes.
 
-    Prediction: delete-after-write leaves the old price in the cache where a reader was slow; a fill
-    that needs its lease does not. Pub/sub does not hear of a stranger's DEL, tracking does.
+    Prediction: delete-after-write leaves the old price in the cache where a reader was
+    slow; a fill that needs its lease does not. Pub/sub does not hear of a stranger's DEL,
+    tracking does.
 
     Trade-off: every listener costs a connection; without one, copies are wrong up to `l1_ttl_s`.
     """
@@ -3270,10 +3278,15 @@ class PrivateRedis:
         self._program = program
         self._home = tempfile.TemporaryDirectory(prefix="module8-redis-")
         self._socket = f"{self._home.name}/s"
+        self._process: subprocess.Popen[bytes] | None = None
         self.url = f"unix://{self._socket}"
 
     def __enter__(self) -> PrivateRedis:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_exc: object) -> None:
@@ -3294,11 +3307,13 @@ class PrivateRedis:
         client.close()
 
     def signal(self, number: int) -> None:
-        self._process.send_signal(number)
+        if self._process is not None:
+            self._process.send_signal(number)
 
     def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
 
 
 def find_redis_server() -> str | None:
@@ -3393,8 +3408,8 @@ class OutageResult:
 def demo_outage(workspace: Workspace | None, catalogue: Catalogue) -> OutageResult:
     """7. Outage: Redis stopped, then killed, under load; the source fails, too.
 
-    Prediction: the breaker opens within 3 failures; no caller sees an error, and the slowest waits
-    for about one timeout (0.25 s).
+    Prediction: the breaker opens within 3 failures; no caller sees an error, and the
+    slowest waits for about one timeout (0.25 s).
 
     Trade-off: while Redis is away each process loads for itself: the source must bear that.
     """
@@ -3821,8 +3836,8 @@ class RealWorldResult:
 def demo_real_world(workspace: Workspace | None) -> RealWorldResult | None:
     """9. Real world: sessions, rate limits, a leaderboard, rows of features.
 
-    Prediction: 8 clients who ask first and count afterwards let through more than the limit; a
-    script in Redis lets through exactly that many.
+    Prediction: 8 clients who ask first and count afterwards let through more than the
+    limit; a script in Redis lets through exactly that many.
 
     Trade-off: a limiter that cannot reach Redis must decide: let all in, or nobody. That choice is
     the caller's, so it raises.
@@ -3991,6 +4006,8 @@ def open_redis(url: str, timeout_s: float) -> Workspace:
         raise config.ConfigError(f"REDIS_URL: {shown}: {error}") from error
     except redis.RedisError as error:
         raise config.ConfigError(f"REDIS_URL: {shown} refuses us: {error}") from error
+    except TypeError as error:  # of an option in the URL that no connection knows
+        raise config.ConfigError(f"REDIS_URL: {shown}: {error}") from None
     finally:
         probe.close()
     return Workspace(url, connect(url), f"Redis {version}")

@@ -20,7 +20,7 @@ itself counts its loads. What is in a figure:
 - hung: without an answer after HUNG_S, or CROWD_HUNG_S among the processes.
 
 The peers use the same Redis by the same redis-py, through pools that wait for a connection, and
-JSON. What one lacks is left out: lru_cache, cachetools and theine are in-process only, lru_cache,
+JSON: dogpile.cache by orjson as ours, cashews and aiocache by their own. What one lacks is left out: lru_cache, cachetools and theine are in-process only, lru_cache,
 cachetools and dogpile.cache for threads only, cashews and aiocache for asyncio only.
 """
 
@@ -50,6 +50,7 @@ from typing import Any, TypeVar
 import aiocache  # type: ignore[import-untyped]
 import cachetools
 import cashews
+import orjson
 import redis
 import theine
 from dogpile.cache import CacheRegion, make_region
@@ -100,7 +101,7 @@ MOST_WRITES = 10  # of all processes together, by the issue
 LEASE_S = 10  # of the peers' locks: far longer than a load
 AIOCACHE_LEASE_S = 1  # who misses its wake-up waits that long: counted as an answer, not as hung
 HUNG_S, CROWD_HUNG_S = 1.5, 5.0  # the processes of dogpile.cache take two, on an idle machine
-LINGER_S = 20.0
+LINGER_S = 20.0  # for hung callers to end, untimed, before the next way is measured
 
 # ── The source ──────────────────────────────────────────────────────────────────────
 
@@ -230,8 +231,8 @@ class Bench:
         pool = redis.BlockingConnectionPool.from_url(self.url, max_connections=CONNECTIONS)
         self.stack.callback(pool.disconnect)
         region = make_region(
-            serializer=lambda value: json.dumps(value).encode(),
-            deserializer=json.loads,
+            serializer=orjson.dumps,
+            deserializer=orjson.loads,
             key_mangler=f"{self.prefix}{name}{{}}".format,
         )
         options = {"connection_pool": pool, "redis_expiration_time": 2 * TTL_S, **locks}
@@ -874,7 +875,8 @@ def measures(settings: config.Settings) -> tuple[dict[str, str], list[Line | Cou
 
 
 def main() -> int:
-    packages = ("redis", "hiredis", "cachetools", "theine", "dogpile.cache", "cashews", "aiocache")
+    clients, peers = "redis hiredis orjson", "cachetools theine dogpile.cache cashews aiocache"
+    packages = f"{clients} {peers}".split()
     return run_bench(__doc__ or "", ("REDIS_URL",), packages, measures)
 
 
