@@ -44,6 +44,7 @@ import multiprocessing
 import os
 import queue
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -77,6 +78,7 @@ from enum import Enum
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple, TypeVar, cast
+from urllib.parse import urlsplit
 
 import orjson
 import redis
@@ -3982,11 +3984,15 @@ def open_redis(url: str, timeout_s: float) -> Workspace:
     """Raises ServiceUnavailable where nobody answers, ConfigError where we are refused."""
     shown = config.redact(url)
     if not url.startswith("unix:"):
+        if not re.fullmatch(r"/?\d*", urlsplit(url).path):  # redis-py would take database 0
+            raise config.ConfigError(f"REDIS_URL: {shown}: a database is a number")
         config.require_reachable("Redis", url, 6379, timeout_s)
     try:
         probe = connect(url, timeout_s)
     except ValueError as error:
         raise config.ConfigError(f"REDIS_URL: {shown}: {error}") from None
+    if probe.get_encoder().decode_responses:
+        raise config.ConfigError(f"REDIS_URL: {shown}: the caches need decode_responses=false")
     try:
         version = probe.info("server")["redis_version"]
         key = f"module8-{secrets.token_hex(4)}"
