@@ -2308,7 +2308,7 @@ class Catalogue:
 
     def __init__(self, path: Path) -> None:
         self._path, self._local = path, threading.local()
-        self._connections: list[sqlite3.Connection] = []
+        self._is_closed = False
         rng = random.Random(SEED)
         with self.connection() as db:
             db.executescript("""
@@ -2323,11 +2323,12 @@ class Catalogue:
             db.executemany("INSERT INTO review VALUES (?, ?, ?)", reviews)
 
     def connection(self) -> sqlite3.Connection:
-        """This thread's; for `with`, which commits."""
+        """This thread's; for `with`, which commits. Closed with its thread: SQLite crashes where
+        a connection is closed under another that reads by it."""
+        if self._is_closed:
+            raise sqlite3.ProgrammingError("the catalogue is closed")
         if not hasattr(self._local, "connection"):
-            made = sqlite3.connect(self._path, timeout=5, check_same_thread=False)
-            self._local.connection = made
-            self._connections.append(made)
+            self._local.connection = sqlite3.connect(self._path, timeout=5)
         return cast(sqlite3.Connection, self._local.connection)
 
     def page(self, product: int) -> dict[str, Any] | None:
@@ -2353,8 +2354,7 @@ class Catalogue:
             db.executemany("UPDATE product SET cents = ? WHERE id = ?", rows)
 
     def close(self) -> None:
-        for connection in self._connections:
-            connection.close()
+        self._is_closed = True
 
 
 def in_threads(count: int, work: Callable[[int], T]) -> list[T | Exception]:
@@ -3381,14 +3381,19 @@ class Traffic:
         self._threads = [threading.Thread(target=self._run, args=[i]) for i in range(8)]
 
     def __enter__(self) -> Traffic:
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_exc: object) -> None:
         self._stopping.set()
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
 
     def _run(self, seed: int) -> None:
         rng = random.Random(seed)

@@ -45,6 +45,14 @@ PATIENT = "timeout=10&socket_timeout=10&socket_connect_timeout=10"  # of a busy 
 # ── Running it ──────────────────────────────────────────────────────────────────────
 
 
+# Python drops what is raised in a destructor, also a Ctrl-C that happens to fall into one, and the
+# script cannot know of it. Its user would press again; these tests run it again.
+LOST = re.compile(
+    r"Exception ignored in: <function .*\.__del__ at \w+>\n"
+    r"Traceback \(most recent call last\):\n(?:  .*\n)+\nKeyboardInterrupt: ?\n"
+)
+
+
 class Child(test_01_cli.Child):
     """Script 03 in a process group of its own, below `home`."""
 
@@ -67,8 +75,15 @@ class Child(test_01_cli.Child):
         self._seen = ""
 
     def ended(self) -> Ended:
-        ended = super().ended()
+        try:
+            out, err = self.process.communicate(timeout=END_TIMEOUT_S)
+        finally:
+            self.process.kill()
+        ended = Ended(self.process.args, self.process.returncode, self._seen + out, err)
+        assert list(self.temporary.iterdir()) == []
         until(lambda: self.children() == [])  # multiprocessing's own helper takes a moment
+        shown = ended.stdout + LOST.sub("", err)
+        assert "Traceback" not in shown or "DEBUG" in err, err
         return ended
 
     def ctrl_c(self) -> None:
@@ -546,13 +561,16 @@ def test_a_ctrl_c_leaves_nothing_behind(
     run: Run, own: servers.Redis, root: redis.Redis, moment: str
 ) -> None:
     heading, is_there = MOMENTS[moment]
-    child = run.start("--only", moment.partition(" ")[0], REDIS_URL=f"{own.url}?{PATIENT}")
-    child.until(heading)
-    until(lambda: is_there(child))
-    child.ctrl_c()
-    ended = child.ended()
+    for _ in range(3):
+        child = run.start("--only", moment.partition(" ")[0], REDIS_URL=f"{own.url}?{PATIENT}")
+        child.until(heading)
+        until(lambda child=child: is_there(child))
+        child.ctrl_c()
+        ended = child.ended()
+        assert root.dbsize() == 0
+        if not LOST.search(ended.stderr):
+            break
     assert (ended.returncode, stderr_of(ended)) == (130, "interrupted")
-    assert root.dbsize() == 0
 
 
 @pytest.mark.parametrize("seconds", [0.4, 0.8, 1.2, 1.6])
