@@ -3533,7 +3533,7 @@ def demo_outage(workspace: Workspace | None, catalogue: Catalogue) -> OutageResu
         ],
     )
     fact("while killed", "the source failed as well, for 0.6 s: answers were stale, not errors")
-    fact("price, invalidated meanwhile", f"{before}; after SIGCONT, for another cache: {after[0]}")
+    fact("price changed meanwhile", f"{before}; after SIGCONT, for another cache: {after[0]}")
     if default_s:
         fact("redis-py's defaults", f"one GET on a refused port: {default_s[0]:.1f} s")
     short = sum(phase.short_circuited for phase in phases.values())

@@ -21,8 +21,8 @@ itself counts its loads. What is in a figure:
 
 The peers use the same Redis by the same redis-py, through pools that wait for a connection, and
 JSON: dogpile.cache by orjson as ours, cashews and aiocache by their own. What one lacks is left
-out: lru_cache, cachetools and theine are in-process only, lru_cache,
-cachetools and dogpile.cache for threads only, cashews and aiocache for asyncio only.
+out: lru_cache, cachetools and theine are in-process only, lru_cache, cachetools and dogpile.cache
+for threads only, cashews and aiocache for asyncio only.
 """
 
 from __future__ import annotations
