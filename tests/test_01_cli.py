@@ -7,24 +7,21 @@ and an environment in which no server is configured but those that the test name
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+import running
 import sqlalchemy as sa
+from running import SECRET, START, Ended, at_once, demos_of, missing
 from services import ROOT, postgres_engine
 
-import config
 import servers
 
 SCRIPT = ROOT / "01_sqlalchemy_advanced.py"
@@ -33,72 +30,16 @@ DEMOS = (  # in reading order, as the script's guide has them
     "large_results", "pool", "migration", "security",
 )  # fmt: skip
 QUICK = ("--only", "repository", "--scale", "5")  # where any demo will do
-END_TIMEOUT_S = 120.0  # a whole run takes 10 s; four at once on a busy machine, longer
-SECRET = "s3cr3t-horse"
-START = "To start one: docker compose up -d --wait, or python servers.py run"  # may be wrapped
-
-Ended = subprocess.CompletedProcess[str]
 
 # ── Running it ──────────────────────────────────────────────────────────────────────
 
 
-class Child:
-    """The script in a process of its own, below `home`."""
-
-    def __init__(self, home: Path, args: tuple[str, ...], variables: Mapping[str, str]) -> None:
-        self.temporary = home / "tmp"
-        self.temporary.mkdir(parents=True, exist_ok=True)
-        ours = {*config.SCHEMES, "LOG_LEVEL", "LOG_FORMAT", "CONNECT_TIMEOUT_S"}
-        kept = {name: value for name, value in os.environ.items() if name not in ours}
-        self.process = subprocess.Popen(
-            [sys.executable, "-u", str(SCRIPT), *args],
-            cwd=home,
-            env={**kept, "TMPDIR": str(self.temporary), "PYTHONUTF8": "1", **variables},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            # A shell without job control starts its jobs deaf to Ctrl-C, and they pass that on.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        self._seen = ""
-
-    def until(self, text: str) -> None:
-        """Read its output up to the line that holds `text`."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._seen += line
-            if text in line:
-                return
-        pytest.fail(f"ended without {text!r}: {self._seen}{self.ended().stderr}")
-
-    def ended(self) -> Ended:
-        """Wait for its end; it must leave no temporary file and show no traceback."""
-        try:
-            out, err = self.process.communicate(timeout=END_TIMEOUT_S)
-        finally:
-            self.process.kill()
-        assert list(self.temporary.iterdir()) == []
-        ended = Ended(self.process.args, self.process.returncode, self._seen + out, err)
-        assert "Traceback" not in ended.stdout + ended.stderr or "DEBUG" in err, err
-        return ended
+class Child(running.Child):
+    script = SCRIPT
 
 
-class Run:
-    """Run the script below `home`; keyword arguments are environment variables."""
-
-    def __init__(self, home: Path) -> None:
-        self.home = home
-
-    def __call__(self, *args: str, **variables: str) -> Ended:
-        return self.start(*args, **variables).ended()
-
-    def start(self, *args: str, **variables: str) -> Child:
-        return Child(self.home, args, variables)
-
-
-def at_once(*runs: Callable[[], Ended]) -> list[Ended]:
-    with ThreadPoolExecutor(min(4, len(runs))) as threads:
-        return [future.result() for future in [threads.submit(run) for run in runs]]
+class Run(running.Run):
+    child = Child
 
 
 @pytest.fixture
@@ -113,21 +54,14 @@ def schemas(url: str) -> list[str]:
         return list(connection.scalars(sa.text(query)))
 
 
-def demos_of(ended: Ended) -> dict[str, dict[str, object]]:
-    """The results on stdout, which must be JSON and nothing else."""
-    demos: dict[str, dict[str, object]] = json.loads(ended.stdout)["demos"]
-    return demos
-
-
 @pytest.fixture(scope="module")
 def own_postgres() -> Iterator[servers.Server]:
     """A server to kill, which asks for a password."""
     try:
         with servers.running("postgres") as started:
             yield started["postgres"]
-    except servers.ServerUnavailable as missing:
-        report = pytest.fail if os.environ.get("REQUIRE_SERVICES") == "1" else pytest.skip
-        report(str(missing))
+    except servers.ServerUnavailable as unavailable:
+        missing(unavailable)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -464,33 +398,3 @@ def test_json_logs_are_one_object_a_line_and_hold_no_password(
     password = sa.make_url(own_postgres.url).password
     assert password
     assert password not in ended.stderr + ended.stdout
-
-
-IMPORT = """
-import importlib, logging, signal, sys
-name = "01_sqlalchemy_advanced"
-importlib.import_module(name)  # and with it, all that it imports
-del sys.modules[name]
-seen = []
-sys.addaudithook(lambda event, args: seen.append((event, str(args[:1]))))
-importlib.import_module(name)
-print(sorted({args for event, args in seen if event == "open" and name not in args}))
-print(sorted({event for event, _ in seen if event.startswith(("socket", "sqlite3", "tempfile"))}))
-print(logging.getLogger().handlers, logging.getLogger().level == logging.WARNING)
-print(signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
-"""
-
-
-def test_importing_opens_reads_and_configures_nothing(tmp_path: Path) -> None:
-    (tmp_path / ".env").write_text("LOG_LEVEL=DEBUG\nDATABASE_URL=nonsense\n")
-    ended = subprocess.run(
-        [sys.executable, "-c", IMPORT],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=END_TIMEOUT_S,
-        check=False,
-    )
-    assert ended.stderr == ""
-    assert ended.stdout.splitlines() == ["[]", "[]", "[] True", "True"]

@@ -10,13 +10,10 @@ test_02_faults.py runs the script by the same `Run`.
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import socket
 import subprocess
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,11 +21,10 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-import test_01_cli
+import running
+from running import SECRET, START, Ended, at_once, demos_of, missing
 from services import ROOT, mongo_client
-from test_01_cli import END_TIMEOUT_S, IMPORT, SECRET, START, Ended, at_once, demos_of
 
-import config
 import servers
 
 SCRIPT = ROOT / "02_mongodb_advanced.py"
@@ -51,50 +47,13 @@ HALF_BUILT_CURSOR = re.compile(
 )
 
 
-class Child(test_01_cli.Child):
-    """Script 02 in a process of its own, below `home`."""
-
-    def __init__(self, home: Path, args: tuple[str, ...], variables: Mapping[str, str]) -> None:
-        self.temporary = home / "tmp"
-        self.temporary.mkdir(parents=True, exist_ok=True)
-        ours = {*config.SCHEMES, "LOG_LEVEL", "LOG_FORMAT", "CONNECT_TIMEOUT_S"}
-        kept = {name: value for name, value in os.environ.items() if name not in ours}
-        self.process = subprocess.Popen(
-            [sys.executable, "-u", str(SCRIPT), *args],
-            cwd=home,
-            env={**kept, "TMPDIR": str(self.temporary), "PYTHONUTF8": "1", **variables},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            # A shell without job control starts its jobs deaf to Ctrl-C, and they pass that on.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        self._seen = ""
-
-    def ended(self) -> Ended:
-        """As script 01's, past one message of the driver's: see HALF_BUILT_CURSOR."""
-        try:
-            out, err = self.process.communicate(timeout=END_TIMEOUT_S)
-        finally:
-            self.process.kill()
-        assert list(self.temporary.iterdir()) == []
-        err = HALF_BUILT_CURSOR.sub("", err)
-        ended = Ended(self.process.args, self.process.returncode, self._seen + out, err)
-        assert "Traceback" not in ended.stdout + ended.stderr or "DEBUG" in err, err
-        return ended
+class Child(running.Child):
+    script = SCRIPT
+    harmless = HALF_BUILT_CURSOR
 
 
-class Run:
-    """Run the script below `home`; keyword arguments are environment variables."""
-
-    def __init__(self, home: Path) -> None:
-        self.home = home
-
-    def __call__(self, *args: str, **variables: str) -> Ended:
-        return self.start(*args, **variables).ended()
-
-    def start(self, *args: str, **variables: str) -> Child:
-        return Child(self.home, args, variables)
+class Run(running.Run):
+    child = Child
 
 
 @pytest.fixture
@@ -170,9 +129,8 @@ def started(kind: type[servers.Mongo]) -> Iterator[Any]:
         server = kind(directory, kind.find())
         server.start()
         yield server
-    except servers.ServerUnavailable as missing:
-        report = pytest.fail if os.environ.get("REQUIRE_SERVICES") == "1" else pytest.skip
-        report(str(missing))
+    except servers.ServerUnavailable as unavailable:
+        missing(unavailable)
     finally:
         directory.close()
 
@@ -665,21 +623,3 @@ def test_a_server_without_a_replica_set(run: Run, standalone: Any) -> None:
         assert re.search(r"\n  note: .*replica set.*not shown", shown[name]), shown[name]
     assert "9,990 counted" in shown["bulk"]
     assert databases(standalone.url) == set()
-
-
-# ── Importing ───────────────────────────────────────────────────────────────────────
-
-
-def test_importing_opens_reads_and_configures_nothing(tmp_path: Path) -> None:
-    (tmp_path / ".env").write_text("LOG_LEVEL=DEBUG\nMONGODB_URI=nonsense\n")
-    ended = subprocess.run(
-        [sys.executable, "-c", IMPORT.replace(test_01_cli.SCRIPT.stem, SCRIPT.stem)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=END_TIMEOUT_S,
-        check=False,
-    )
-    assert ended.stderr == ""
-    assert ended.stdout.splitlines() == ["[]", "[]", "[] True", "True"]

@@ -13,10 +13,9 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,10 +24,10 @@ from urllib.parse import quote
 
 import pytest
 import redis
-import test_01_cli
+import running
+from running import SECRET, START, Ended, at_once, demos_of, missing
 from script03 import until
 from services import ROOT, redis_client
-from test_01_cli import END_TIMEOUT_S, IMPORT, SECRET, START, Ended, at_once, demos_of
 
 import config
 import servers
@@ -53,37 +52,15 @@ LOST = re.compile(
 )
 
 
-class Child(test_01_cli.Child):
-    """Script 03 in a process group of its own, below `home`."""
+class Child(running.Child):
+    """Script 03 in a process group of its own, which must be empty afterwards."""
 
-    def __init__(self, home: Path, args: tuple[str, ...], variables: Mapping[str, str]) -> None:
-        self.temporary = home / "tmp"
-        self.temporary.mkdir(parents=True, exist_ok=True)
-        ours = {*config.SCHEMES, "LOG_LEVEL", "LOG_FORMAT", "CONNECT_TIMEOUT_S"}
-        kept = {name: value for name, value in os.environ.items() if name not in ours}
-        self.process = subprocess.Popen(
-            [sys.executable, "-u", str(SCRIPT), *args],
-            cwd=home,
-            env={**kept, "TMPDIR": str(self.temporary), "PYTHONUTF8": "1", **variables},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            start_new_session=True,
-            # A shell without job control starts its jobs deaf to Ctrl-C, and they pass that on.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        self._seen = ""
+    script = SCRIPT
+    has_own_group = True
 
     def ended(self) -> Ended:
-        try:
-            out, err = self.process.communicate(timeout=END_TIMEOUT_S)
-        finally:
-            self.process.kill()
-        ended = Ended(self.process.args, self.process.returncode, self._seen + out, err)
-        assert list(self.temporary.iterdir()) == []
+        ended = super().ended()
         until(lambda: self.children() == [])  # multiprocessing's own helper takes a moment
-        shown = ended.stdout + LOST.sub("", err)
-        assert "Traceback" not in shown or "DEBUG" in err, err
         return ended
 
     def ctrl_c(self) -> None:
@@ -99,17 +76,12 @@ class Child(test_01_cli.Child):
         return [args for _pid, _group, state, args in ours if not state.startswith("Z")]
 
 
-class Run:
-    """Run the script below `home`; keyword arguments are environment variables."""
+class Interrupted(Child):
+    harmless = LOST
 
-    def __init__(self, home: Path) -> None:
-        self.home = home
 
-    def __call__(self, *args: str, **variables: str) -> Ended:
-        return self.start(*args, **variables).ended()
-
-    def start(self, *args: str, **variables: str) -> Child:
-        return Child(self.home, args, variables)
+class Run(running.Run):
+    child = Child
 
 
 @pytest.fixture
@@ -125,9 +97,8 @@ def own() -> Iterator[servers.Redis]:
             made = started["redis"]
             assert isinstance(made, servers.Redis)
             yield made
-    except servers.ServerUnavailable as missing:
-        report = pytest.fail if os.environ.get("REQUIRE_SERVICES") == "1" else pytest.skip
-        report(str(missing))
+    except servers.ServerUnavailable as unavailable:
+        missing(unavailable)
 
 
 @pytest.fixture
@@ -558,27 +529,28 @@ MOMENTS: dict[str, tuple[str, Callable[[Child], object]]] = {
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_ctrl_c_leaves_nothing_behind(
-    run: Run, own: servers.Redis, root: redis.Redis, moment: str
+    tmp_path: Path, own: servers.Redis, root: redis.Redis, moment: str
 ) -> None:
     heading, is_there = MOMENTS[moment]
     for _ in range(3):
-        child = run.start("--only", moment.partition(" ")[0], REDIS_URL=f"{own.url}?{PATIENT}")
+        only = ("--only", moment.partition(" ")[0])
+        child = Interrupted(tmp_path, only, {"REDIS_URL": f"{own.url}?{PATIENT}"})
         child.until(heading)
         until(lambda child=child: is_there(child))
         child.ctrl_c()
         ended = child.ended()
         assert root.dbsize() == 0
-        if not LOST.search(ended.stderr):
+        if not LOST.search(child.stderr):
             break
     assert (ended.returncode, stderr_of(ended)) == (130, "interrupted")
 
 
 @pytest.mark.parametrize("seconds", [0.4, 0.8, 1.2, 1.6])
 def test_a_sigterm_is_as_good_as_a_ctrl_c(
-    run: Run, own: servers.Redis, root: redis.Redis, seconds: float
+    tmp_path: Path, own: servers.Redis, root: redis.Redis, seconds: float
 ) -> None:
     """At some moment of the outage: stopped, killed, restarting; the rule holds at each."""
-    child = run.start("--only", "outage", REDIS_URL=own.url)
+    child = Interrupted(tmp_path, ("--only", "outage"), {"REDIS_URL": own.url})
     child.until("── 7. ")
     until(lambda: has_server(child))
     time.sleep(seconds)
@@ -586,21 +558,3 @@ def test_a_sigterm_is_as_good_as_a_ctrl_c(
     ended = child.ended()
     assert ended.returncode == 130
     assert root.dbsize() == 0
-
-
-# ── Importing ───────────────────────────────────────────────────────────────────────
-
-
-def test_importing_opens_reads_and_configures_nothing(tmp_path: Path) -> None:
-    (tmp_path / ".env").write_text("LOG_LEVEL=DEBUG\nREDIS_URL=nonsense\n")
-    ended = subprocess.run(
-        [sys.executable, "-c", IMPORT.replace(test_01_cli.SCRIPT.stem, SCRIPT.stem)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=END_TIMEOUT_S,
-        check=False,
-    )
-    assert ended.stderr == ""
-    assert ended.stdout.splitlines() == ["[]", "[]", "[] True", "True"]
