@@ -1641,10 +1641,7 @@ class TieredCache(Tiers):
         tags: Iterable[str] = (),
     ) -> Reading:
         """`get_or_load`, with the tier that answered, the value's age, and whether it is stale."""
-        name = self.keys.value(key)
-        return self.read_through(self._request(name, loader, ttl_s, tags))
-
-    def read_through(self, request: Request) -> Reading:
+        request = self._request(self.keys.value(key), loader, ttl_s, tags)
         entry = self.l1.fresh(request.name)
         if entry is not None:
             return self._reading(entry, "L1")
@@ -1826,10 +1823,7 @@ class AsyncTieredCache(Tiers):
         ttl_s: float | None = None,
         tags: Iterable[str] = (),
     ) -> Reading:
-        name = self.keys.value(key)
-        return await self.read_through(self._request(name, loader, ttl_s, tags))
-
-    async def read_through(self, request: Request) -> Reading:
+        request = self._request(self.keys.value(key), loader, ttl_s, tags)
         entry = self.l1.fresh(request.name)
         if entry is not None:
             return self._reading(entry, "L1")
@@ -3265,17 +3259,15 @@ def demo_invalidation(workspace: Workspace | None, catalogue: Catalogue) -> Inva
     same = safe[0] == safe[1]
     conclude(f"slow reader, invalidated key: cache and source are {'equal' if same else 'UNEQUAL'}")
     return InvalidationResult(
-        *(
-            naive,
-            safe,
-            through,
-            behind,
-            refused,
-            TAGGED - len(left),
-            versions_apart,
-            heard,
-            own_cache,
-        )
+        naive=naive,
+        safe=safe,
+        through=through,
+        behind=behind,
+        refused=refused,
+        tag_keys=TAGGED - len(left),
+        versions_apart=versions_apart,
+        heard=heard,
+        own_client_cache=own_cache,
     )
 
 
@@ -4169,14 +4161,14 @@ def open_redis(url: str, timeout_s: float) -> Workspace:
     except (redis.exceptions.BusyLoadingError, RedisTimeout) as error:
         if url.startswith("rediss:"):  # it took our connection, but not our TLS
             raise config.ConfigError(f"REDIS_URL: {shown}: no answer in TLS: {error}") from error
-        raise config.ServiceUnavailable("Redis", str(error), url) from error
+        raise config.ServiceUnavailable("Redis", str(error).rstrip("."), url) from error
     except AuthenticationError as error:
         raise config.ConfigError(f"REDIS_URL: {shown} refuses the login: {error}") from error
     except RedisConnectionError as error:
         if isinstance(
             error.__cause__ or error.__context__, FileNotFoundError | ConnectionRefusedError
         ):
-            raise config.ServiceUnavailable("Redis", str(error), url) from error
+            raise config.ServiceUnavailable("Redis", str(error).rstrip("."), url) from error
         raise config.ConfigError(f"REDIS_URL: {shown}: {error}") from error
     except redis.RedisError as error:
         raise config.ConfigError(f"REDIS_URL: {shown} refuses us: {error}") from error
