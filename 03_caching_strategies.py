@@ -111,7 +111,7 @@ COMPLAIN_S = 60.0  # at most one warning of a kind in that time: a broken Redis 
 LISTEN_S = 0.1  # a listener looks up that often, to see whether it is to stop
 RECONNECT_S = 0.5  # between a listener's attempts
 
-# Sizes of the demos: large enough to show the effect, small enough for a whole run in half a minute.
+# Sizes of the demos: large enough to show the effect, a whole run within half a minute.
 PRODUCTS, REVIEWS = 2_000, 10_000  # a page takes some 0.3 ms, as a small query does
 L1_PAGES = 200  # a tenth of the products
 REQUESTS, OBSERVED = 10_000, 5_000  # pages asked for in demos 2 and 10
