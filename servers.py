@@ -25,13 +25,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import importlib.util
 import os
-import pwd
 import re
 import secrets
-import shlex
 import shutil
 import signal
 import socket
@@ -47,17 +44,12 @@ from typing import Any, NamedTuple, NoReturn
 import psutil
 
 START_TIMEOUT_S = 30.0  # a server; RabbitMQ, the slowest, takes 6 s on two cores
-STOP_TIMEOUT_S = 10.0  # of stop(), then SIGKILL; the slowest clean stop takes 2 s
-DISPOSE_TIMEOUT_S = 3.0  # the same where the data go too; a RabbitMQ that boots heeds no signal
-COMMAND_GRACE_S = 10.0  # what CMD has for its own cleaning up after a signal
-KILL_TIMEOUT_S = 5.0  # to end what got SIGKILL, and to remove a directory
-VERSION_TIMEOUT_S = 10.0  # `--version` off a cold disk
+STOP_TIMEOUT_S = 10.0  # for a server or CMD to end cleanly; then SIGKILL. The slowest takes 2 s
+KILL_TIMEOUT_S = 4.0  # the same where the data go too; to end what got SIGKILL, to remove files
 FETCH_TIMEOUT_S = 300.0  # each of two downloads: package lists, 10 MB; packages, 35 MB
 PROBE_TIMEOUT_S = 1  # one attempt to log in, over loopback
 POLL_S = 0.05
-# Below the ephemeral ports of Linux (32768) and macOS (49152): no outgoing connection, not even a
-# client's to this very port, can be given the port of a server that is down.
-PORTS = range(20_000, 32_768)
+PORTS = range(20_000, 32_768)  # below the ephemeral ones: no client gets that of a server killed
 OPEN_FILES = 4096  # Erlang sets memory aside for each file it may open; containers allow 10⁹
 LOCALE = "C.UTF-8" if sys.platform == "linux" else "en_US.UTF-8"
 DEBIAN = Path("/usr/lib")  # has servers that Debian's packages do not put on PATH
@@ -77,8 +69,7 @@ class ServerUnavailable(Exception):
         self.remedy = remedy
 
 
-# ── 1. Processes, and how they end ──────────────────────────────────────────────────
-
+# ── 1. The processes of a set of servers, its directory, its reaper ─────────────────
 
 Launched = tuple[psutil.Process, int]  # and the signal that asks it for a clean, prompt stop
 
@@ -109,9 +100,6 @@ def _end(launched: Sequence[Launched], grace_s: float) -> None:
     psutil.wait_procs(families, KILL_TIMEOUT_S)
 
 
-# ── 2. The directory of a set of servers, and its reaper ────────────────────────────
-
-
 class RunDirectory:
     """The temporary directory of one set of servers, and the processes that belong to it."""
 
@@ -125,9 +113,8 @@ class RunDirectory:
         self.path.chmod(0o711)  # UNPRIVILEGED must get through, and need not look around
         self._launched: list[Launched] = []
         reading_end, self._pipe = os.pipe()
-        # In a session of its own, so that the terminal's signals do not reach it. Programs that
-        # the supervisor runs do not inherit the pipe; a child by a bare fork does, and keeps the
-        # set alive.
+        # In a session of its own, so that the terminal's signals do not reach it. A child of the
+        # supervisor by a bare fork inherits the pipe, and keeps the set alive.
         self._reaper = subprocess.Popen(
             [sys.executable, __file__, "reap", str(self.path)],
             stdin=reading_end, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -156,7 +143,7 @@ class RunDirectory:
 
 
 def _dispose(directory: Path, launched: Sequence[Launched]) -> None:
-    _end(launched, DISPOSE_TIMEOUT_S)
+    _end(launched, KILL_TIMEOUT_S)
     deadline = time.monotonic() + KILL_TIMEOUT_S
     while directory.exists() and time.monotonic() < deadline:
         shutil.rmtree(directory, ignore_errors=True)
@@ -173,7 +160,7 @@ def reap(directory: Path) -> int:
     return 0
 
 
-# ── 3. A server: found, started, stopped, killed, paused ────────────────────────────
+# ── 2. A server: found, started, stopped, killed, paused ────────────────────────────
 
 
 class Installation(NamedTuple):
@@ -204,7 +191,8 @@ class Server:
     def __init__(self, run: RunDirectory, installation: Installation) -> None:
         self.installation = installation
         self.password = secrets.token_hex(16)
-        self.ports = free_ports(self.port_count)  # the first is its clients'
+        self.ports = free_ports(self.port_count)
+        self.port = self.ports[0]  # its clients'
         self.home = run.path / self.name
         self.home.mkdir(0o700)
         self._log = run.path / f"{self.name}.log"
@@ -243,7 +231,7 @@ class Server:
         try:
             asked = subprocess.run(
                 [program, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL, text=True, timeout=VERSION_TIMEOUT_S,
+                stdin=subprocess.DEVNULL, text=True, timeout=START_TIMEOUT_S,
             )  # fmt: skip
         except (OSError, subprocess.TimeoutExpired) as error:
             return str(error)
@@ -254,17 +242,12 @@ class Server:
         return self.url_form.format(password=self.password, port=self.port)
 
     @property
-    def port(self) -> int:
-        return self.ports[0]
-
-    @property
     def pid(self) -> int:
         """Of the main process: PostgreSQL's postmaster, RabbitMQ's Erlang VM."""
         return int(self._process.pid)
 
     @property
     def is_running(self) -> bool:
-        """Whether the main process lives, paused or not."""
         return self._process is not None and self._process.poll() is None
 
     @property
@@ -291,8 +274,6 @@ class Server:
             try:
                 self._log_in()
                 return
-            except ImportError:  # no driver
-                raise
             except Exception as error:  # a server that boots makes its driver raise anything
                 if time.monotonic() > deadline:
                     self.kill()
@@ -319,14 +300,15 @@ class Server:
     def _environment(self) -> dict[str, str]:
         """Nothing of the caller's PG*, RABBITMQ_*, ERL_* and so on may steer a server."""
         path = os.pathsep.join([os.environ.get("PATH", ""), os.defpath])
-        home = str(self.home)
-        return {"PATH": path, "HOME": home, "TMPDIR": home, "LC_ALL": LOCALE}
+        return {"PATH": path, "HOME": str(self.home), "TMPDIR": str(self.home), "LC_ALL": LOCALE}
 
     def _private_file(self, name: str, text: str) -> str:
         """For secrets, since a command line can be read by every user of the machine."""
         path = self.home / name
         path.touch(0o600)
         path.write_text(text)
+        if self._user:
+            shutil.chown(path, UNPRIVILEGED)
         return str(path)
 
     def _give_up(self, reason: str) -> NoReturn:
@@ -366,7 +348,7 @@ def _newest_first(paths: Iterable[Path]) -> list[Path]:
     return sorted(paths, key=lambda path: [*map(int, re.findall(r"\d+", str(path)))], reverse=True)
 
 
-# ── 4. RabbitMQ's packages of Debian or Ubuntu, fetched and unpacked without root ────
+# ── 3. RabbitMQ's packages of Debian or Ubuntu, fetched and unpacked without root ────
 
 # Run in an empty directory; apt checks the signatures. With no status file all that RabbitMQ needs
 # is listed, whatever is installed. bin/erl stands for Erlang's own, in which /usr/lib is written.
@@ -375,9 +357,8 @@ set -eu
 mkdir -p lists/partial packages root/bin
 here=$PWD
 apt() {
-    LC_ALL=C apt-get -oDir::State="$here" -oDir::State::status=/dev/null \
-        -oDir::Cache="$here/cache" -oDebug::NoLocking=1 -oAPT::Sandbox::User=root \
-        -oAcquire::Retries=1 "$@"
+    LC_ALL=C apt-get -oDir::State="$here" -oDir::State::status=/dev/null -oAcquire::Retries=1 \
+        -oDir::Cache="$here/cache" -oDebug::NoLocking=1 -oAPT::Sandbox::User=root "$@"
 }
 apt update
 listed=$(apt -s --no-install-recommends install rabbitmq-server)
@@ -401,6 +382,8 @@ def fetched_rabbitmq() -> Path:
 
     What is missing or not whole is fetched anew. Raises ServerUnavailable where it cannot be.
     """
+    import fcntl  # not on Windows, where importing this module must not fail
+
     root, workshop = FETCHED / "rabbitmq", FETCHED / "fetching"
     try:
         FETCHED.mkdir(parents=True, exist_ok=True)
@@ -411,7 +394,7 @@ def fetched_rabbitmq() -> Path:
                 _say(f"rabbitmq: fetching its packages, 45 MB, once, into {FETCHED}")
                 shutil.rmtree(workshop, ignore_errors=True)
                 workshop.mkdir()
-                _fetch_rabbitmq(workshop)
+                _run_fetch(workshop)
                 shutil.rmtree(root, ignore_errors=True)
                 (workshop / "root").rename(root)
                 size.write_text(_bytes_below(root))
@@ -421,34 +404,30 @@ def fetched_rabbitmq() -> Path:
     return root
 
 
-def _fetch_rabbitmq(workshop: Path) -> None:
-    """Fetch and unpack into `workshop`/root."""
+def _run_fetch(workshop: Path) -> None:
     with (workshop / "log").open("w+") as log:
         done = subprocess.run(
             ["sh", "-c", FETCH_RABBITMQ], cwd=workshop, stdin=subprocess.DEVNULL,
             stdout=log, stderr=subprocess.STDOUT, timeout=FETCH_TIMEOUT_S,
         )  # fmt: skip
-        if done.returncode:
-            log.seek(0)
-            told = re.search(r"^(?:[EW]|sh|dpkg-deb: error): .+$", log.read(), re.MULTILINE)
-            reason = f"not found, and not fetched: {told[0] if told else log.name}"
-            raise ServerUnavailable("rabbitmq", reason, RabbitMQ.remedy)
+        log.seek(0)
+        told = re.search(r"^(?:[EW]|sh|dpkg-deb: error): .+$", log.read(), re.MULTILINE)
+    if done.returncode:
+        reason = f"not found, and not fetched: {told[0] if told else log.name}"
+        raise ServerUnavailable("rabbitmq", reason, RabbitMQ.remedy)
 
 
 def _bytes_below(root: Path) -> str:
     return str(sum(path.lstat().st_size for path in (root / "usr").rglob("*")))
 
 
-# ── 5. The four servers ─────────────────────────────────────────────────────────────
+# ── 4. The four servers ─────────────────────────────────────────────────────────────
 # Each driver is imported where it is used: who needs one server needs one driver.
 
 
 class Postgres(Server):
-    """PostgreSQL with a superuser and a database, both named app, as in docker-compose.yml.
-
-    Nothing is traded for speed (fsync, synchronous_commit): figures measured here are honest, and
-    what was committed survives `kill()`.
-    """
+    """PostgreSQL with a superuser and a database named app. Nothing is traded for speed (fsync,
+    synchronous_commit): its figures are honest, and what was committed survives `kill()`."""
 
     name = "postgres"
     variable = "DATABASE_URL"
@@ -463,6 +442,8 @@ class Postgres(Server):
     def _prepare(self) -> None:
         self._bin = self.installation.program.parent
         if os.geteuid() == 0:
+            import pwd  # not on Windows
+
             user = pwd.getpwnam(UNPRIVILEGED)
             self._user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
             shutil.chown(self.home, UNPRIVILEGED)
@@ -471,8 +452,6 @@ class Postgres(Server):
         if (self.home / "data").exists():
             return
         password_file = self._private_file("password", self.password)
-        if self._user:
-            shutil.chown(password_file, UNPRIVILEGED)
         self._launch([
             str(self._bin / "initdb"), "--pgdata", "data", "--username", "app",
             "--auth", "scram-sha-256", "--pwfile", password_file,
@@ -486,11 +465,9 @@ class Postgres(Server):
     def _copy_installation(self) -> None:
         """Root's wheel may be below a directory closed to others, say /root: copy it, as laid out
         there, because programs find their libraries relative to themselves."""
-        package = self._bin.parent.parent
-        copy = self._run.path / "installation"
-        for source in (package, package.with_name(f"{package.name}.libs")):
-            if source.exists():
-                shutil.copytree(source, copy / source.name, symlinks=True, dirs_exist_ok=True)
+        package, copy = self._bin.parent.parent, self._run.path / "installation"
+        for source in package.parent.glob(f"{package.name}*"):  # and its libraries
+            shutil.copytree(source, copy / source.name, symlinks=True, dirs_exist_ok=True)
         self._bin = copy / self._bin.relative_to(package.parent)
 
     def _command(self) -> list[str]:
@@ -565,8 +542,7 @@ class Mongo(Server):
 
 
 class Redis(Server):
-    """Redis or Valkey that writes nothing to disk: after `kill()` and `start()` the cache is cold,
-    which is the case that a test of an outage is about."""
+    """Redis or Valkey that writes nothing to disk: after `kill()` and `start()` it is cold."""
 
     name = "redis"
     variable = "REDIS_URL"
@@ -603,40 +579,38 @@ class RabbitMQ(Server):
 
     @classmethod
     def candidates(cls) -> Iterator[tuple[Path, str]]:
-        """Debian's wrapper on PATH, which insists on its own user, log and directories, is none by
-        its version."""
         yield from super().candidates()
         for program in fetched_rabbitmq().glob(f"usr/lib/{cls.debian}"):
             yield program, "fetched packages"
 
     @classmethod
     def _version_text(cls, program: Path) -> str:
-        return str(program)  # its directory tells: the script has no such option
+        """Its path: the script has no such option. It rules out Debian's wrapper on PATH, which
+        insists on its own user, log and directories."""
+        return str(program)
 
     def _prepare(self) -> None:
-        alias = self.home / "installation"
-        if not alias.exists():
-            alias.symlink_to(FETCHED / "rabbitmq")
+        if self._process is None:
+            (self.home / "fetched").symlink_to(FETCHED / "rabbitmq")
             self._launch(["epmd"])
 
     def _command(self) -> list[str]:
-        address = f"listeners.tcp.1 = 127.0.0.1:{self.port}\n"
-        login = f"default_user = app\ndefault_pass = {self.password}\n"
-        self._private_file("rabbitmq.conf", address + login)
+        settings = f"default_user = app\ndefault_pass = {self.password}\n"
+        settings += f"listeners.tcp.1 = 127.0.0.1:{self.port}\n"
+        self._private_file("rabbitmq.conf", settings)
         program = self.installation.program
         if program.is_relative_to(FETCHED):  # RabbitMQ's scripts trip over a space in their path
-            program = self.home / "installation" / program.relative_to(FETCHED / "rabbitmq")
+            program = self.home / "fetched" / program.relative_to(FETCHED / "rabbitmq")
         return [str(program)]
 
     def _environment(self) -> dict[str, str]:
         _, distribution_port, epmd_port = self.ports
         environment = super()._environment()
         if self.installation.program.is_relative_to(FETCHED):
-            environment["PATH"] = f"{self.home}/installation/bin:{environment['PATH']}"
+            environment["PATH"] = f"{self.home}/fetched/bin:{environment['PATH']}"
         return environment | {
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "ERL_EPMD_PORT": str(epmd_port),
-            "ERL_MAX_PORTS": str(OPEN_FILES),
             "RABBITMQ_NODENAME": "rabbit@localhost",  # known to this epmd alone
             "RABBITMQ_DIST_PORT": str(distribution_port),
             "RABBITMQ_CONF_ENV_FILE": f"{self.home}/none",
@@ -646,8 +620,7 @@ class RabbitMQ(Server):
             "RABBITMQ_MNESIA_BASE": f"{self.home}/data",
             "RABBITMQ_LOG_BASE": f"{self.home}/log",
             "RABBITMQ_LOGS": "-",
-            # Two schedulers are enough here, and each sets memory aside. -start_epmd: a daemon
-            # that the node started itself would be nobody's child.
+            # Two schedulers are enough. An epmd that the node started would be nobody's child.
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 2:2 -start_epmd false"
             " -kernel inet_dist_use_interface {127,0,0,1}",
             # Makes the script become the Erlang VM, rather than wait for it.
@@ -666,7 +639,7 @@ class RabbitMQ(Server):
 
 SERVERS = {server.name: server for server in (Postgres, Mongo, Redis, RabbitMQ)}
 
-# ── 6. A set of servers ─────────────────────────────────────────────────────────────
+# ── 5. A set of servers, and the command line ───────────────────────────────────────
 
 
 def _raise(missing: ServerUnavailable) -> None:
@@ -677,10 +650,9 @@ def _raise(missing: ServerUnavailable) -> None:
 def running(
     *names: str, on_missing: Callable[[ServerUnavailable], None] = _raise
 ) -> Iterator[dict[str, Server]]:
-    """Start the named servers at once, by name; end them and remove their data on leaving.
+    """Start the named servers at once; end them and remove their data on leaving.
 
-    Raises ServerUnavailable where one cannot be had, unless `on_missing` takes it; KeyError for an
-    unknown name.
+    Raises ServerUnavailable where one cannot be had, unless `on_missing` takes it.
     """
     run = RunDirectory()
     booting: dict[str, Server] = {}
@@ -704,9 +676,6 @@ def running(
         run.close()
 
 
-# ── 7. The command line ─────────────────────────────────────────────────────────────
-
-
 def _say(text: object) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -726,8 +695,10 @@ def serve(only: Sequence[str], command: Sequence[str]) -> int:
         urls = {server.variable: server.url for server in servers.values()}
         if not command:
             for variable, url in urls.items():
-                print(f"export {variable}={shlex.quote(url)}", flush=True)
-            signal.pause()
+                print(f"export {variable}='{url}'", flush=True)
+            if urls:
+                signal.pause()
+            return EXIT_UNAVAILABLE
         status = _run(command, urls)
         for name, server in servers.items():
             if not server.is_running:
@@ -747,7 +718,7 @@ def _run(command: Sequence[str], urls: Mapping[str, str]) -> int:
         if signalled.code != 128 + signal.SIGINT:  # a Ctrl-C it has got from the terminal itself
             child.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(COMMAND_GRACE_S)
+            child.wait(STOP_TIMEOUT_S)
         child.kill()
         raise
     return status if status >= 0 else 128 - status  # as a shell reports a signal's death
