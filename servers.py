@@ -54,7 +54,7 @@ OPEN_FILES = 4096  # Erlang sets memory aside for each file it may open; contain
 LOCALE = "C.UTF-8" if sys.platform == "linux" else "en_US.UTF-8"
 DEBIAN = Path("/usr/lib")  # has servers that Debian's packages do not put on PATH
 FETCHED = Path(__file__).resolve().parent / ".venv" / "servers"
-UNPRIVILEGED = "nobody"  # whom PostgreSQL, which refuses root, runs as where root starts it
+UNPRIVILEGED, NO_GROUP = "nobody", 65534  # PostgreSQL refuses root: whom it then runs as
 EXIT_UNAVAILABLE, EXIT_NOT_FOUND = 125, 127  # CMD never ran: as docker run, and as a shell, say it
 
 
@@ -109,7 +109,7 @@ class RunDirectory:
 
     def __init__(self) -> None:
         base = "/tmp" if os.geteuid() == 0 else None  # root's $TMPDIR may be closed to UNPRIVILEGED
-        self.path = Path(tempfile.mkdtemp(prefix="servers-py.", dir=base))
+        self.path = Path(tempfile.mkdtemp(prefix=f"servers-py.{os.getpid()}.", dir=base))
         self.path.chmod(0o711)  # UNPRIVILEGED must get through, and need not look around
         self._launched: list[Launched] = []
         reading_end, self._pipe = os.pipe()
@@ -198,7 +198,7 @@ class Server:
         self._log = run.path / f"{self.name}.log"
         self._run = run
         self._user: dict[str, Any] = {}  # options of Popen, where it is not ours
-        self._process: Any = None  # the last psutil.Popen that was started
+        self._process: Any = None  # psutil.Popen of the main one: postmaster, Erlang VM
 
     @classmethod
     def candidates(cls) -> Iterator[tuple[Path, str]]:
@@ -243,7 +243,6 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """Of the main process: PostgreSQL's postmaster, RabbitMQ's Erlang VM."""
         return int(self._process.pid)
 
     @property
@@ -386,18 +385,18 @@ def fetched_rabbitmq() -> Path:
 
     root, workshop = FETCHED / "rabbitmq", FETCHED / "fetching"
     try:
+        if _is_whole(root):
+            return root
         FETCHED.mkdir(parents=True, exist_ok=True)
         with (FETCHED / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits, and finds it there
-            size = root / "bytes"  # tells a whole set of files from a broken one
-            if not size.exists() or size.read_text() != _bytes_below(root):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _is_whole(root):  # another process may just have fetched it
                 _say(f"rabbitmq: fetching its packages, 45 MB, once, into {FETCHED}")
                 shutil.rmtree(workshop, ignore_errors=True)
                 workshop.mkdir()
                 _run_fetch(workshop)
                 shutil.rmtree(root, ignore_errors=True)
                 (workshop / "root").rename(root)
-                size.write_text(_bytes_below(root))
                 shutil.rmtree(workshop)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ServerUnavailable("rabbitmq", str(error), RabbitMQ.remedy) from error
@@ -415,6 +414,12 @@ def _run_fetch(workshop: Path) -> None:
     if done.returncode:
         reason = f"not found, and not fetched: {told[0] if told else log.name}"
         raise ServerUnavailable("rabbitmq", reason, RabbitMQ.remedy)
+    (workshop / "root/bytes").write_text(_bytes_below(workshop / "root"))
+
+
+def _is_whole(root: Path) -> bool:
+    size = root / "bytes"  # tells a whole set of files from a broken one
+    return size.exists() and size.read_text() == _bytes_below(root)
 
 
 def _bytes_below(root: Path) -> str:
@@ -422,7 +427,6 @@ def _bytes_below(root: Path) -> str:
 
 
 # ── 4. The four servers ─────────────────────────────────────────────────────────────
-# Each driver is imported where it is used: who needs one server needs one driver.
 
 
 class Postgres(Server):
@@ -442,10 +446,7 @@ class Postgres(Server):
     def _prepare(self) -> None:
         self._bin = self.installation.program.parent
         if os.geteuid() == 0:
-            import pwd  # not on Windows
-
-            user = pwd.getpwnam(UNPRIVILEGED)
-            self._user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+            self._user = {"user": UNPRIVILEGED, "group": NO_GROUP, "extra_groups": []}
             shutil.chown(self.home, UNPRIVILEGED)
             if any(not path.stat().st_mode & 0o001 for path in self._bin.parents):
                 self._copy_installation()
@@ -681,8 +682,7 @@ def _say(text: object) -> None:
 
 
 def _on_signal(signum: int, frame: FrameType | None) -> None:
-    """As an exception, so that every `finally` runs."""
-    raise SystemExit(128 + signum)
+    raise SystemExit(128 + signum)  # an exception, so that every `finally` runs
 
 
 def serve(only: Sequence[str], command: Sequence[str]) -> int:
