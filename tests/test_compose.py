@@ -7,17 +7,24 @@ works takes a Docker daemon, and is the first command of the README.
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import subprocess
+import tempfile
+import time
 from io import StringIO
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import redis
 import yaml
 from dotenv import dotenv_values
 from services import ROOT, SERVICES
 
 import config
+import servers
 
 COMPOSE_TEXT = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
 COMPOSE: dict[str, Any] = yaml.safe_load(COMPOSE_TEXT)
@@ -87,6 +94,20 @@ def test_memory_health_and_end_are_bounded(name: str) -> None:
     assert "start_interval" not in check, "Docker before 25 refuses it"
 
 
+# To hand over their data and become their user; redis:8 also gives up its bounding set (setpriv).
+CAPABILITIES = {"CHOWN", "DAC_OVERRIDE", "FOWNER", "SETGID", "SETUID"}
+
+
+@every_service
+def test_a_container_has_no_more_rights_than_its_entrypoint_needs(name: str) -> None:
+    service = COMPOSE["services"][name]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["cap_drop"] == ["ALL"]
+    assert set(service["cap_add"]) == CAPABILITIES | ({"SETPCAP"} if name == "redis" else set())
+    assert 0 < service["pids_limit"] <= 1000
+    assert not {"privileged", "user", "network_mode", "pid", "ipc"} & set(service)
+
+
 @every_service
 def test_the_health_check_logs_in(name: str) -> None:
     """Its command uses the very variable that gives the server its password."""
@@ -122,6 +143,44 @@ def test_no_password_is_on_a_command_line() -> None:
         password = EXAMPLE[f"{PREFIXES[name]}_PASSWORD"]
         words = [*service.get("entrypoint", []), *service.get("command", [])]
         assert password not in " ".join([*words, *service["healthcheck"]["test"]])
+
+
+@pytest.mark.parametrize(
+    "password", ["a b", '"', "'", "#", "\\", '\\" \\\\', "&", "$HOME `id`", "ключ", "-"]
+)
+def test_redis_takes_any_password(password: str) -> None:
+    """The entrypoint's own lines, then a real server in place of the image's."""
+    try:
+        program = servers.SERVERS["redis"].find().binary
+    except servers.ServerUnavailable as missing:
+        report = pytest.fail if os.environ.get("REQUIRE_SERVICES") == "1" else pytest.skip
+        report(str(missing))
+    _, _, script, _ = COMPOSE["services"]["redis"]["entrypoint"]
+    with tempfile.TemporaryDirectory() as home:
+        for name, text in {"chown": "true", "docker-entrypoint.sh": 'exec "$@"'}.items():
+            stub = Path(home, name)
+            stub.write_text(f"#!/bin/sh\n{text}\n")
+            stub.chmod(0o700)
+        conf, socket = f"{home}/redis.conf", f"{home}/s"
+        script = script.replace("$$", "$").replace("/tmp/redis.conf", conf)
+        server = subprocess.Popen(
+            ["bash", "-ec", script, "bash", program, conf, "--port", "0", "--unixsocket", socket],
+            cwd=home,
+            env={**os.environ, "PATH": f"{home}:{os.environ['PATH']}", "REDISCLI_AUTH": password},
+        )
+        try:
+            deadline = time.monotonic() + 10
+            while not Path(socket).exists():
+                assert server.poll() is None, "it refuses its configuration"
+                assert time.monotonic() < deadline, "no socket"
+                time.sleep(0.01)
+            assert Path(conf).stat().st_mode & 0o777 == 0o600
+            with redis.Redis(unix_socket_path=socket, password=password) as client:
+                assert client.ping()
+                assert client.config_get("requirepass")["requirepass"] == password
+        finally:
+            server.kill()
+            server.wait()
 
 
 @every_service
