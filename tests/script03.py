@@ -13,18 +13,20 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import re
+import shlex
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import ModuleType
 from typing import Any, Protocol
 
 import pytest
 import redis
-from services import load_script
+from services import ROOT, load_script
 
 WAIT_S = 20.0  # for what takes milliseconds
 POLL_S = 0.002
@@ -46,6 +48,22 @@ def until(is_so: Callable[[], object]) -> None:
     while not is_so():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(POLL_S)
+
+
+def admit(root: redis.Redis, user: str, password: str, prefix: str = "module8-") -> set[str]:
+    """Make a `user` who may do what docs/servers.md grants and no more, under `prefix`; gives the
+    commands granted. ACL LOG then holds what else was asked for.
+    """
+    guide = (ROOT / "docs" / "servers.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    (granted,) = re.findall(r"^redis-cli ACL SETUSER module8 on '>PASSWORD' (.+)$", guide, re.M)
+    rights = shlex.split(granted.replace("module8-", prefix))
+    root.execute_command("ACL", "SETUSER", user, "reset", "on", f">{password}", *rights)
+    # How redis-py names itself: refused, it goes on. A server that does not know them logs nothing.
+    for right in ("+client|setinfo", "+client|maint_notifications"):
+        with suppress(redis.ResponseError):
+            root.execute_command("ACL", "SETUSER", user, right)
+    root.execute_command("ACL", "LOG", "RESET")
+    return {right[1:] for right in rights if right.startswith("+")}
 
 
 class Source:

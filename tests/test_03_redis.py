@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import redis
-from script03 import TIMEOUT_S, WAIT_S, AsyncDriver, LoopThread, Source, SyncDriver, until
+from script03 import TIMEOUT_S, WAIT_S, AsyncDriver, LoopThread, Source, SyncDriver, admit, until
 from services import ROOT, load_script, redis_client
 
 import servers
@@ -914,20 +914,10 @@ def test_all_that_a_cache_leaves_expires(
     assert none <= 1000 * (PLAIN.negative_ttl_s + 30)
 
 
-# What a cache sends. (redis-py names itself by CLIENT SETINFO, and bears a refusal.)
-NEEDED = (
-    "+get +mget +set +del +unlink +pttl +pexpire +publish +subscribe +unsubscribe +evalsha"
-    " +script|load +client|tracking +ping"
-)
-
-
 def test_a_user_who_may_do_this_much_and_no_more_will_do(
     flavour: str, victim: Any, root: redis.Redis, listener: Any
 ) -> None:
-    root.execute_command(
-        *("ACL", "SETUSER", "cache", "on", ">secret", "resetkeys", "~test:x:*"),
-        *("resetchannels", "&test:x:*", "-@all", *NEEDED.split()),
-    )
+    admit(root, "cache", "secret", "test:x:")
     url = f"redis://cache:secret@127.0.0.1:{victim.port}/0"
     with ExitStack() as stack:
         make = stack.enter_context(maker(flavour, url, "test:x"))
