@@ -853,7 +853,7 @@ def measures(settings: config.Settings) -> tuple[dict[str, str], list[Line | Cou
     """All lines, under a prefix whose keys are removed at the end, also after an error."""
     assert settings.redis_url
     with open_bench(settings.redis_url, settings.connect_timeout_s) as bench:
-        server = bench.client.info("server")["redis_version"]
+        server = script.server_name(bench.client.info("server"))
         lines: list[Line | CountLine] = [
             *hits(bench),
             *async_hits(bench),
@@ -872,7 +872,7 @@ def measures(settings: config.Settings) -> tuple[dict[str, str], list[Line | Cou
         "in Redis": f"{ROUND_KEYS:,} keys a round; get_many {MANY_ROUND_KEYS:,}, {BATCH} a call",
         "loads": f"{1e3 * LOAD_S:.0f} ms, those of the processes {1e3 * CROWD_LOAD_S:.0f} ms",
     }
-    return {"server": f"Redis {server}", **sizes, **bench.facts}, lines
+    return {"server": server, **sizes, **bench.facts}, lines
 
 
 def main() -> int:
