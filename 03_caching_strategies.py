@@ -3287,9 +3287,9 @@ def _own_client_cache(workspace: Workspace) -> bool | None:
         workspace.url, protocol=3, cache_config=CacheConfig(), **connection_options()
     )
     client = redis.Redis.from_pool(pool)
-    workspace.client.set(key, b"old")
+    workspace.client.set(key, b"old", ex=60)
     old = [client.get(key) for _ in range(2)]
-    workspace.client.set(key, b"new")
+    workspace.client.set(key, b"new", ex=60)
     dropped = _until(lambda: client.get(key) == b"new")
     client.close()
     return old == [b"old", b"old"] and dropped
