@@ -13,11 +13,11 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
 
 import pytest
 import sqlalchemy
 from pymongo.database import Database
+from running import SCRIPT_TIMEOUT_S, RunScript
 from services import (
     NOT_CONFIGURED,
     ROOT,
@@ -28,7 +28,6 @@ from services import (
     redis_client,
 )
 
-SCRIPT_TIMEOUT_S = 60.0  # a whole script; one that hangs must not hold up the suite
 LADDER = pytest.StashKey[Ladder]()
 
 
@@ -145,16 +144,6 @@ def rabbitmq_prefix(rabbitmq_url: str) -> str:
 
 
 # ── The scripts, as a user runs them ────────────────────────────────────────────────
-
-
-class RunScript(Protocol):
-    def __call__(
-        self,
-        name: str,
-        *args: str,
-        env: Mapping[str, str] | None = None,
-        timeout_s: float = SCRIPT_TIMEOUT_S,
-    ) -> subprocess.CompletedProcess[str]: ...
 
 
 @pytest.fixture

@@ -18,12 +18,13 @@ import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar, NoReturn
+from typing import ClassVar, NoReturn, Protocol
 
 import pytest
 
 import config
 
+SCRIPT_TIMEOUT_S = 60.0  # a whole script; one that hangs must not hold up the suite
 END_TIMEOUT_S = 120.0  # a whole run takes 10 to 30 s; four at once on a busy machine, longer
 SECRET = "s3cr3t-horse"
 START = "To start one: docker compose up -d --wait, or python servers.py run"  # may be wrapped
@@ -109,3 +110,13 @@ def missing(reason: object) -> NoReturn:
     report = pytest.fail if os.environ.get("REQUIRE_SERVICES") == "1" else pytest.skip
     report(str(reason))
     raise AssertionError  # either raised
+
+
+class RunScript(Protocol):
+    def __call__(
+        self,
+        name: str,
+        *args: str,
+        env: Mapping[str, str] | None = None,
+        timeout_s: float = SCRIPT_TIMEOUT_S,
+    ) -> subprocess.CompletedProcess[str]: ...

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import sqlalchemy
-from conftest import RunScript
+from running import RunScript
 from services import ROOT, SERVICES, mongo_client, postgres_engine, redis_client
 
 import config

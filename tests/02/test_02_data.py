@@ -43,8 +43,6 @@ from pymongo.errors import (
 from pymongo.topology_description import TOPOLOGY_TYPE, TopologyDescription
 from services import ROOT, load_script
 
-pytest_plugins = ["script02"]
-
 app: Any = load_script("02_mongodb_advanced")
 
 Document = dict[str, Any]

@@ -14,7 +14,6 @@ from services import load_script
 
 import config
 
-pytest_plugins = ["script02"]
 app: Any = load_script("02_mongodb_advanced")
 MIB = 2**20
 SECRET = "horse battery"

@@ -29,8 +29,6 @@ from services import ROOT, load_script, redis_client
 
 import config
 
-pytest_plugins = ["script03"]
-
 app: Any = load_script("03_caching_strategies")
 
 REQUESTS = 10_000

@@ -1,11 +1,9 @@
-"""Fixtures for the tests of 03_caching_strategies.py; a test module asks for them by
-`pytest_plugins = ["script03"]`.
+"""What several tests of 03_caching_strategies.py share, besides the fixtures of conftest.py.
 
-`make_cache` runs a test four times: through `TieredCache` and `AsyncTieredCache`, each alone and on
-Redis. Both are driven by the same blocking calls: the asynchronous one lives on the loop of an
-`asyncio.Runner` in a thread of its own, so that its background work goes on between two calls.
+Both kinds of cache are driven by the same blocking calls: the asynchronous one lives on the loop of
+an `asyncio.Runner` in a thread of its own, so that its background work goes on between two calls.
 
-PYTEST_DONT_REWRITE: tests import its helpers, too, before pytest could rewrite its assertions.
+PYTEST_DONT_REWRITE: tests import its helpers before pytest could rewrite its assertions.
 """
 
 from __future__ import annotations
@@ -18,15 +16,15 @@ import shlex
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from types import ModuleType
 from typing import Any, Protocol
 
 import pytest
 import redis
-from services import ROOT, load_script
+from services import ROOT
 
 WAIT_S = 20.0  # for what takes milliseconds
 POLL_S = 0.002
@@ -252,72 +250,6 @@ class MakeCache(Protocol):
 
         As long as `rng` is not given, nothing is drawn: no jitter, no early refresh.
         """
-
-
-@pytest.fixture(scope="session")
-def script() -> ModuleType:
-    return load_script("03_caching_strategies")
-
-
-@pytest.fixture
-def client(script: ModuleType, redis_url: str) -> Iterator[redis.Redis]:
-    """To look at Redis past the caches."""
-    with script.connect(redis_url, TIMEOUT_S) as made:
-        yield made
-
-
-@pytest.fixture
-def clock(script: ModuleType) -> Any:
-    """Of the caches, moved by hand; it is their wall clock, too."""
-    return script.ManualClock()
-
-
-@pytest.fixture(params=["sync", "async"])
-def flavour(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(params=["alone", "redis"])
-def tier(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def make_cache(
-    request: pytest.FixtureRequest, script: ModuleType, clock: Any, flavour: str, tier: str
-) -> Iterator[MakeCache]:
-    """Caches of one name share a namespace, as those of several processes do.
-
-    At the end each has closed, and nothing is left on its boards.
-    """
-    prefix = request.getfixturevalue("redis_prefix") if tier == "redis" else "test:"
-    url = request.getfixturevalue("redis_url") if tier == "redis" else None
-    policy_names = script.Policy.__dataclass_fields__
-    made: list[Driver] = []
-    with ExitStack() as stack:
-        if flavour == "sync":
-            workers: Any = stack.enter_context(ThreadPoolExecutor(CALLERS + 20))
-            drivers: Any = SyncDriver
-            client = url and stack.enter_context(script.connect(url, TIMEOUT_S))
-        else:
-            workers, drivers = LoopThread(), AsyncDriver
-            stack.callback(workers.close)
-            client = url and script.connect_async(url, TIMEOUT_S)
-            if client:
-                stack.callback(lambda: workers.start(client.aclose()).result(WAIT_S))
-        kind = script.TieredCache if flavour == "sync" else script.AsyncTieredCache
-
-        def make(name: str = "x", **options: Any) -> Driver:
-            policy = {key: options.pop(key) for key in list(options) if key in policy_names}
-            given = {"clock": clock, "wall_clock": clock, "rng": lambda: 0.0, **options}
-            cache = kind(f"{prefix}{name}", client or None, script.Policy(**policy), **given)
-            made.append(drivers(script, cache, workers))
-            return made[-1]
-
-        yield make
-        for driver in made:
-            driver.close()
-        until(lambda: not any(driver.in_progress for driver in made))
 
 
 def finished(futures: Iterable[Future[Any]]) -> list[Any]:

@@ -28,8 +28,6 @@ from hypothesis import strategies as st
 from script03 import TIMEOUT_S, WAIT_S, SourceDown, until
 from services import ROOT, load_script
 
-pytest_plugins = ["script03"]
-
 app: Any = load_script("03_caching_strategies")
 
 on_the_server = settings(

@@ -1,8 +1,4 @@
-"""Fixtures for the tests of 02_mongodb_advanced.py; a test module asks for them by
-`pytest_plugins = ["script02"]`.
-
-`managers` runs a test twice: through the synchronous managers and through `AsyncManager`.
-"""
+"""What several tests of 02_mongodb_advanced.py share, besides the fixtures of conftest.py."""
 
 from __future__ import annotations
 
@@ -14,11 +10,8 @@ from types import ModuleType
 from typing import Any, Protocol
 
 import pymongo
-import pytest
 from pymongo.database import Database
-from services import load_script
 
-SHOP_CUSTOMERS = 300  # about 1,200 orders: seeded in half a second
 PROBE_TIMEOUT_S = 5.0  # a connection over loopback or to a container
 
 Document = dict[str, Any]
@@ -34,39 +27,6 @@ def open_workspace(script: ModuleType, uri: str) -> Iterator[Any]:
         yield made
     finally:
         made.close()
-
-
-@pytest.fixture(scope="session")
-def script() -> ModuleType:
-    return load_script("02_mongodb_advanced")
-
-
-@pytest.fixture(scope="session")
-def shared_workspace(script: ModuleType, mongo_uri: str) -> Iterator[Any]:
-    """One for all tests: whoever asks it for a database has that for itself."""
-    with open_workspace(script, mongo_uri) as made:
-        yield made
-
-
-@pytest.fixture
-def workspace(script: ModuleType, mongo_uri: str) -> Iterator[Any]:
-    with open_workspace(script, mongo_uri) as made:
-        yield made
-
-
-@pytest.fixture
-def database(workspace: Any) -> Database[Document]:
-    """Empty, with durable writes, and money as Decimal."""
-    made: Database[Document] = workspace.database()
-    return made
-
-
-@pytest.fixture(scope="session")
-def shop(script: ModuleType, shared_workspace: Any) -> Any:
-    """A seeded `Shop` of SHOP_CUSTOMERS customers, one for all tests: only for reading."""
-    seeded = script.Shop(SHOP_CUSTOMERS, shared_workspace.database())
-    script.seed(seeded, seeded.database)
-    return seeded
 
 
 # ── The same work through either kind of manager ────────────────────────────────────
@@ -132,26 +92,3 @@ class AsyncManagers:
 
 
 MakeManagers = Callable[[float], Managers]
-
-
-@pytest.fixture(params=["sync", "async"])
-def make_managers(
-    request: pytest.FixtureRequest, script: ModuleType, workspace: Any, database: Any
-) -> Iterator[MakeManagers]:
-    """`make_managers(timeout_s)`: managers of one kind on `database`."""
-    made: list[AsyncManagers] = []
-
-    def make(timeout_s: float) -> Managers:
-        if request.param == "sync":
-            return SyncManagers(script, database, timeout_s)
-        made.append(AsyncManagers(script, database, workspace.uri, timeout_s))
-        return made[-1]
-
-    yield make
-    for managers in made:
-        managers.close()
-
-
-@pytest.fixture
-def managers(make_managers: MakeManagers) -> Managers:
-    return make_managers(20.0)

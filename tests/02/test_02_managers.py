@@ -31,8 +31,6 @@ from services import load_script, mongo_client
 if TYPE_CHECKING:  # pytest imports it as a plugin, and would not rewrite its asserts after this
     from script02 import MakeManagers, Managers
 
-pytest_plugins = ["script02"]
-
 app: Any = load_script("02_mongodb_advanced")
 
 Document = dict[str, Any]

@@ -1,5 +1,4 @@
-"""Fixtures for the tests of 01_sqlalchemy_advanced.py; a test module asks for them by
-`pytest_plugins = ["script01"]`.
+"""Fixtures for the tests of 01_sqlalchemy_advanced.py.
 
 Whatever uses `workspace` or `shop` runs twice, on SQLite and on PostgreSQL. On PostgreSQL the
 throw-away schemas lie in one database, made for this run and dropped at its end.
@@ -7,7 +6,6 @@ throw-away schemas lie in one database, made for this run and dropped at its end
 
 from __future__ import annotations
 
-import importlib
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from services import postgres_engine
+from services import load_script, postgres_engine
 
 SHOP_USERS = 60  # each of the 60 cities is the home of one of them
 TIMEOUT_S = 5.0  # a connection over loopback or to a container
@@ -24,7 +22,7 @@ TIMEOUT_S = 5.0  # a connection over loopback or to a container
 
 @pytest.fixture(scope="session")
 def script() -> ModuleType:
-    return importlib.import_module("01_sqlalchemy_advanced")
+    return load_script("01_sqlalchemy_advanced")
 
 
 @pytest.fixture(scope="session")

@@ -50,8 +50,6 @@ from script03 import (
 )
 from services import load_script
 
-pytest_plugins = ["script03"]
-
 app: Any = load_script("03_caching_strategies")
 
 MISSING = app.MISSING

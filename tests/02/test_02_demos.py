@@ -29,8 +29,6 @@ from pymongo import IndexModel
 from pymongo.errors import ServerSelectionTimeoutError
 from services import load_script
 
-pytest_plugins = ["script02"]
-
 app: Any = load_script("02_mongodb_advanced")
 
 Document = dict[str, Any]

@@ -13,8 +13,6 @@ import redis.asyncio
 from script03 import WAIT_S
 from services import load_script
 
-pytest_plugins = ["script03"]
-
 app: Any = load_script("03_caching_strategies")
 KEYS = [f"key:{i}" for i in range(10)]
 

@@ -27,8 +27,6 @@ from services import ROOT, load_script, redis_client
 
 import servers
 
-pytest_plugins = ["script03"]
-
 app: Any = load_script("03_caching_strategies")
 
 IMTIMEOUT_S = 0.5  # of a client whose server is stopped

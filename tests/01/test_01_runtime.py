@@ -40,8 +40,6 @@ from sqlalchemy.orm import Session
 
 import config
 
-pytest_plugins = ["script01"]
-
 Row = dict[str, Any]
 ON_POSTGRES = pytest.mark.parametrize("workspace_url", ["postgresql"], indirect=True)
 THREAD_TIMEOUT_S = 30.0  # for what ends in milliseconds, on a busy machine

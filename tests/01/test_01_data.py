@@ -41,8 +41,6 @@ from sqlalchemy.exc import (
 )
 from sqlalchemy.orm import Session
 
-pytest_plugins = ["script01"]
-
 app: Any = importlib.import_module("01_sqlalchemy_advanced")
 
 SHOP_USERS = 60  # of the fixture `shop`
