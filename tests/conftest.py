@@ -6,29 +6,29 @@ started when the first test asks for it and stopped when the tests end, however 
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import sqlalchemy
 from pymongo.database import Database
-from running import SCRIPT_TIMEOUT_S, RunScript
+from running import SCRIPTS, Recorded, Whole, whole_run
 from services import (
     NOT_CONFIGURED,
-    ROOT,
     Ladder,
     Missing,
     mongo_client,
     postgres_engine,
     redis_client,
+    summary,
 )
 
 LADDER = pytest.StashKey[Ladder]()
+TOLD = pytest.StashKey[list[dict[str, str]]]()  # by the workers
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,15 +37,29 @@ def pytest_configure(config: pytest.Config) -> None:
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
     config.stash[LADDER] = ladder
+    config.stash[TOLD] = []
     config.add_cleanup(ladder.close)
     # A terminated run, such as a cancelled CI job, stops its servers as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist has a ladder, and so servers, of its own, and no terminal."""
+    if output := getattr(session.config, "workeroutput", None):
+        output["services"] = session.config.stash[LADDER].told()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    told = getattr(node, "workeroutput", {}).get("services")  # nothing of a worker that crashed
+    node.config.stash[TOLD].append(told or {})
+
+
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    terminalreporter.write_line(config.stash[LADDER].summary())
+    told = [config.stash[LADDER].told(), *config.stash[TOLD]]
+    terminalreporter.write_line(summary(told))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -143,30 +157,17 @@ def rabbitmq_prefix(rabbitmq_url: str) -> str:
     return f"{_unique_name()}."
 
 
-# ── The scripts, as a user runs them ────────────────────────────────────────────────
+# ── Whole runs of the scripts ───────────────────────────────────────────────────────
 
 
-@pytest.fixture
-def run_script(tmp_path: Path) -> RunScript:
-    """Run a script, such as `01_sqlalchemy_advanced`, in an empty directory.
+@pytest.fixture(scope="session")
+def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    """One whole run a script and tier, made when first asked for, for all tests that read it."""
 
-    No server is configured but by `env`, which is added to this process's environment.
-    """
+    @functools.cache
+    def recorded(number: str, on_server: bool) -> Whole:
+        script = SCRIPTS[number]
+        url = request.getfixturevalue(script.fixture) if on_server else ""
+        return whole_run(script, tmp_path_factory.mktemp("recorded"), url)
 
-    def run(
-        name: str,
-        *args: str,
-        env: Mapping[str, str] | None = None,
-        timeout_s: float = SCRIPT_TIMEOUT_S,
-    ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, str(ROOT / f"{name}.py"), *args],
-            cwd=tmp_path,
-            env={**os.environ, **NOT_CONFIGURED, **(env or {})},
-            capture_output=True,
-            encoding="utf-8",
-            timeout=timeout_s,
-            check=False,
-        )
-
-    return run
+    return recorded

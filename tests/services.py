@@ -22,7 +22,7 @@ import contextlib
 import importlib
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -423,22 +423,26 @@ class Ladder:
                 reasons.append(f"{rung}: {error}")
         return Missing(" | ".join(reasons), is_failure=bool(self._asked_for) or self._required)
 
-    def summary(self) -> str:
-        """Which source served each service, on one line."""
-        return "services: " + " ".join(f"{name}={self._told(name)}" for name in SERVICES)
-
-    def _told(self, name: str) -> str:
-        match self._outcomes.get(name):
-            case None:
-                return "unused"
-            case Served(source=source):
-                return source
-            case missing:
-                return f"absent ({' '.join(str(missing).split())})"
+    def told(self) -> dict[str, str]:
+        """Which source served each service, in words; nothing of what no test asked for."""
+        return {
+            name: outcome.source
+            if isinstance(outcome, Served)
+            else f"absent ({' '.join(str(outcome).split())})"
+            for name, outcome in self._outcomes.items()
+        }
 
     def close(self) -> None:
         """Stop every server that was started."""
         self._started.close()
+
+
+def summary(told: Sequence[Mapping[str, str]]) -> str:
+    """Which source served each service, on one line; `told` by one ladder or several."""
+    sources = {name: {one[name] for one in told if name in one} for name in SERVICES}
+    return "services: " + " ".join(
+        f"{name}={' and '.join(sorted(words)) or 'unused'}" for name, words in sources.items()
+    )
 
 
 # ── 4. The scripts ──────────────────────────────────────────────────────────────────

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import sqlalchemy
-from running import RunScript
+from running import Run, hears_ctrl_c
 from services import ROOT, SERVICES, mongo_client, postgres_engine, redis_client
 
 import config
@@ -129,22 +129,13 @@ def run_pytest(tmp_path: Path) -> Pytest:
     (tmp_path / "servers.py").write_text(LOCAL_SERVERS)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
 
-    def run(tests: str, **environment: str) -> Outcome:
+    def run(tests: str, *options: str, **environment: str) -> Outcome:
         (tmp_path / "test_given.py").write_text(tests)
         inherited = {key: value for key, value in os.environ.items() if key not in STEERING}
         # -m puts the current directory, and so the servers.py there, before PYTHONPATH.
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "conftest",
-            "-p",
-            "no:cacheprovider",
-            "-ra",
-        ]
+        command = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider"]
         finished = subprocess.run(
-            [*command, "test_given.py"],
+            [*command, "-ra", *options, "test_given.py"],
             cwd=tmp_path,
             env={
                 **inherited,
@@ -159,6 +150,7 @@ def run_pytest(tmp_path: Path) -> Pytest:
             encoding="utf-8",
             timeout=TIMEOUT_S,
             check=False,
+            preexec_fn=hears_ctrl_c,
         )
         noted = tmp_path / "local.txt"
         local = noted.read_text().splitlines() if noted.exists() else []
@@ -227,17 +219,44 @@ def test_no_server_is_started_unless_a_test_asks(run_pytest: Pytest, daemon: Dae
     assert outcome.local == daemon.asked == []
 
 
-@pytest.mark.parametrize("signum", ["SIGINT", "SIGTERM"])
-def test_an_interrupted_run_stops_its_servers(run_pytest: Pytest, signum: str) -> None:
+XDIST = ("-p", "xdist", "-n", "2")
+
+
+@pytest.mark.parametrize(
+    ("signum", "options"),
+    [("SIGINT", ()), ("SIGTERM", ()), ("SIGTERM", XDIST)],
+    ids=["SIGINT", "SIGTERM", "SIGTERM to a worker"],
+)
+def test_an_interrupted_run_stops_its_servers(
+    run_pytest: Pytest, signum: str, options: tuple[str, ...]
+) -> None:
     interrupted = f"""
 import os, signal, time
 def test_interrupted(redis_url):
     os.kill(os.getpid(), signal.{signum})
     time.sleep({TIMEOUT_S})
 """
-    outcome = run_pytest(interrupted, LOCAL_URL="redis://127.0.0.1:1/0")
+    outcome = run_pytest(interrupted, *options, LOCAL_URL="redis://127.0.0.1:1/0")
     assert outcome.exit_code == pytest.ExitCode.INTERRUPTED
     assert outcome.local == ["asked redis", "stopped redis"]
+
+
+def test_each_worker_starts_a_server_once_and_one_line_tells_of_all(run_pytest: Pytest) -> None:
+    tests = "".join(f"def test_{n}(redis_url): pass\n" for n in range(8))
+    outcome = run_pytest(tests + uses("mongo"), *XDIST, LOCAL_URL="redis://127.0.0.1:1/0")
+    assert "9 passed" in outcome.output
+    lines = [line for line in outcome.output.splitlines() if line.startswith("services: ")]
+    assert lines == ["services: postgres=unused mongo=local redis=local rabbitmq=unused"]
+    assert sorted(outcome.local) == sorted(
+        ["asked redis", "stopped redis"] * 2 + ["asked mongo", "stopped mongo"]
+    )
+
+
+def test_why_a_server_is_missing_is_told_once_for_all_workers(run_pytest: Pytest) -> None:
+    outcome = run_pytest(uses("redis", "mongo"), *XDIST)
+    assert "2 skipped" in outcome.output
+    for name in ("redis", "mongo"):
+        assert outcome.summary.count(f"{name}=absent (TEST_") == 1
 
 
 # ── A source asked for by name ──────────────────────────────────────────────────────
@@ -350,17 +369,14 @@ def test_no_test_sees_the_users_servers(run_pytest: Pytest, tmp_path: Path) -> N
     assert "2 passed, 1 skipped" in outcome.output
 
 
-def test_no_script_sees_the_users_servers(
-    run_script: RunScript, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_script_sees_the_users_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable, url in UNREACHABLE.items():
         monkeypatch.setenv(variable, url)
-    (tmp_path / ".env").write_text("".join(f"{k}={v}\n" for k, v in UNREACHABLE.items()))
-    (tmp_path / "shows.py").write_text("import config; print(config.load_settings())")
-    script = str(tmp_path / "shows")
-    shown = run_script(script, env={"PYTHONPATH": str(ROOT)})
+    script = tmp_path / "shows.py"
+    script.write_text("import config; print(config.load_settings())")
+    shown = Run(script, tmp_path)(PYTHONPATH=str(ROOT))
     assert shown.stdout.strip() == repr(config.Settings()), shown.stderr
-    given = run_script(script, env={"PYTHONPATH": str(ROOT), "REDIS_URL": "redis://given/0"})
+    given = Run(script, tmp_path)(PYTHONPATH=str(ROOT), REDIS_URL="redis://given/0")
     assert given.stdout.strip() == repr(config.Settings(redis_url="redis://given/0"))
 
 

@@ -1,17 +1,11 @@
-"""Script 01 as a user runs it: a process, its exit code, its two streams, and what it leaves.
-
-Every run gets an empty directory to work in, a TMPDIR of its own that must be empty afterwards,
-and an environment in which no server is configured but those that the test names.
-"""
+"""Script 01 as a user runs it; what it shares with the others is in test_cli.py."""
 
 from __future__ import annotations
 
 import json
 import re
 import signal
-import socket
 from collections.abc import Iterator
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from urllib.parse import quote
@@ -19,39 +13,38 @@ from urllib.parse import quote
 import pytest
 import running
 import sqlalchemy as sa
-from running import SECRET, START, Ended, at_once, demos_of, missing
-from services import ROOT, postgres_engine
+from running import (
+    SCRIPTS,
+    SECRET,
+    assert_offline,
+    START,
+    Ended,
+    Main,
+    Recorded,
+    at_once,
+    demos_of,
+    missing,
+    schemas,
+    whole_run,
+)
+from services import postgres_engine
 
 import servers
 
-SCRIPT = ROOT / "01_sqlalchemy_advanced.py"
+SCRIPT = SCRIPTS["01"]
+Run = partial(running.Run, SCRIPT.path)
 DEMOS = (  # in reading order, as the script's guide has them
     "schema", "bulk_load", "repository", "n_plus_one", "toolbox", "analytics", "transactions",
     "large_results", "pool", "migration", "security",
 )  # fmt: skip
 QUICK = ("--only", "repository", "--scale", "5")  # where any demo will do
 
-# ── Running it ──────────────────────────────────────────────────────────────────────
-
-
-class Child(running.Child):
-    script = SCRIPT
-
-
-class Run(running.Run):
-    child = Child
-
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return Run(tmp_path)
-
-
-def schemas(url: str) -> list[str]:
-    engine = postgres_engine(url)
-    query = r"SELECT nspname FROM pg_namespace WHERE nspname LIKE 'module8\_%'"
-    with engine.connect() as connection:
-        return list(connection.scalars(sa.text(query)))
+def main(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Main:
+    return Main(SCRIPT.path, tmp_path, capsys, monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -110,25 +103,34 @@ def test_without_timings_keeps_everything_else() -> None:
     assert without_timings("  users, committed:   2") != without_timings("  users, committed:   3")
 
 
-def test_two_whole_runs_at_once_differ_only_in_timings(tmp_path: Path, database_url: str) -> None:
-    first, second = at_once(
-        partial(Run(tmp_path / "first"), DATABASE_URL=database_url),
-        partial(Run(tmp_path / "second"), DATABASE_URL=database_url),
-    )
-    assert (first.returncode, second.returncode) == (0, 0), first.stdout + second.stdout
-    assert (first.stderr, second.stderr) == ("", "")
-    assert without_timings(first.stdout) == without_timings(second.stdout)
-    headings = re.findall(r"^── (\d+)\. ", first.stdout, re.MULTILINE)
+@pytest.mark.parametrize("on_server", [False, True], ids=["sqlite", "postgresql"])
+def test_a_whole_run(recorded: Recorded, on_server: bool) -> None:
+    whole = recorded("01", on_server)
+    ended = whole.ended
+    assert (ended.returncode, ended.stderr) == (0, ""), ended.stdout
+    headings = re.findall(r"^── (\d+)\. ", ended.stdout, re.MULTILINE)
     assert headings == [str(number) for number in range(1, len(DEMOS) + 1)]
-    assert re.search(r"^Demos: 11 in [\d.]+ s; none failed\.$", first.stdout, re.MULTILINE)
-    if database_url:
-        assert re.match(r"On PostgreSQL \d+", first.stdout)
-        assert schemas(database_url) == []
+    assert re.search(r"^Demos: 11 in [\d.]+ s; none failed\.$", ended.stdout, re.MULTILINE)
+    assert whole.left == set()
+    if on_server:
+        assert re.match(r"On PostgreSQL \d+", ended.stdout)
     else:
-        unavailable, _, rest = first.stdout.partition("\nOn SQLite ")
+        unavailable, _, rest = ended.stdout.partition("\nOn SQLite ")
         assert unavailable.startswith("PostgreSQL is unavailable: DATABASE_URL is not set")
         assert START in " ".join(unavailable.split())
         assert re.match(r"\d+\.\d+\.\d+\n", rest)
+
+
+@pytest.mark.slow
+def test_another_whole_run_differs_only_in_timings(
+    recorded: Recorded, tmp_path: Path, database_url: str
+) -> None:
+    first, second = (
+        recorded("01", bool(database_url)).ended,
+        whole_run(SCRIPT, tmp_path, database_url),
+    )
+    assert without_timings(first.stdout) == without_timings(second.ended.stdout)
+    assert second.left == set()
 
 
 def test_every_demo_at_small_scales_as_json(tmp_path: Path, database_url: str) -> None:
@@ -145,74 +147,15 @@ def test_every_demo_at_small_scales_as_json(tmp_path: Path, database_url: str) -
         assert (ended.returncode, ended.stderr) == (0, "")
         services = json.loads(ended.stdout)["services"]
         assert services["database"].startswith("PostgreSQL" if database_url else "SQLite")
-    assert not database_url or schemas(database_url) == []
+    assert not database_url or schemas(database_url) == set()
 
 
-# ── The command line ────────────────────────────────────────────────────────────────
-
-
-def test_list_names_every_demo_and_opens_nothing(run: Run) -> None:
-    ended = run("--list", DATABASE_URL="postgresql://app:x@127.0.0.1:notaport/app")
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert tuple(line.split()[0] for line in ended.stdout.splitlines()) == DEMOS
-
-
-def test_only_twice_runs_both_in_reading_order(run: Run) -> None:
-    ended = run("--only", "security", "--only", "schema", "--scale", "5", "--json")
-    assert list(demos_of(ended)) == ["schema", "security"]
-    security = demos_of(ended)["security"]["result"]
-    assert security == {
-        "matches": [20, 0],
-        "verified": [True, False],
-        "weak_needs_rehash": True,
-        "shows_name": {
-            "SQLAlchemy's error": True,
-            "with hide_parameters": False,
-            "InvalidUser": False,
-        },
-    }
-
-
-def test_a_wrong_demo_name_lists_the_right_ones(run: Run) -> None:
-    ended = run("--only", "transaction")
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert all(name in ended.stderr for name in DEMOS)
-
-
-@pytest.mark.parametrize("args", [("--scale", "0"), ("--offline", "--require-services")])
-def test_wrong_usage(run: Run, args: tuple[str, ...]) -> None:
-    ended = run(*args)
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert all(arg in ended.stderr for arg in args)
-
-
-def test_offline_asks_no_server(run: Run) -> None:
-    with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        port = server.getsockname()[1]
-        ended = run(
-            *QUICK, "--offline", DATABASE_URL=f"postgresql://app:{SECRET}@127.0.0.1:{port}/app"
-        )
-        server.setblocking(False)
-        with pytest.raises(BlockingIOError):
-            server.accept()
-    assert ended.returncode == 0
-    assert "On SQLite" in ended.stdout
-    assert "--offline was given" in ended.stdout
-    assert SECRET not in ended.stdout + ended.stderr
-
-
-def test_twice_in_a_row_in_the_same_database(run: Run, postgres_database: str) -> None:
+def test_twice_in_a_row_in_the_same_database(main: Main, postgres_database: str) -> None:
     for _ in range(2):
-        ended = run(*QUICK, "--require-services", DATABASE_URL=postgres_database)
+        ended = main(*QUICK, "--require-services", DATABASE_URL=postgres_database)
         assert ended.returncode == 0
         assert ended.stdout.startswith("On PostgreSQL")
-        assert schemas(postgres_database) == []
-
-
-def test_a_dotenv_file_in_the_working_directory_is_read(run: Run, postgres_database: str) -> None:
-    (run.home / ".env").write_text(f"DATABASE_URL={postgres_database}\n")
-    assert run(*QUICK).stdout.startswith("On PostgreSQL")
-    assert "On SQLite" in run(*QUICK, DATABASE_URL="").stdout  # the environment comes first
+        assert schemas(postgres_database) == set()
 
 
 # ── A server that refuses: never silently offline ───────────────────────────────────
@@ -238,26 +181,26 @@ def assert_refused(ended: Ended, *words: str) -> None:
     ],
 )
 def test_a_wrong_password(
-    run: Run, own_postgres: servers.Server, argument: str, variables: dict[str, str]
+    main: Main, own_postgres: servers.Server, argument: str, variables: dict[str, str]
 ) -> None:
     url = f"postgresql://app:{SECRET}@127.0.0.1:{own_postgres.port}/app"
-    ended = run(argument, DATABASE_URL=url, **variables)
+    ended = main(argument, DATABASE_URL=url, **variables)
     assert_refused(ended, "password authentication failed", "app:***@127.0.0.1")
 
 
-def test_an_unknown_database(run: Run, postgres_database: str) -> None:
+def test_an_unknown_database(main: Main, postgres_database: str) -> None:
     url = sa.make_url(postgres_database).set(database="no_such_database")
-    ended = run(DATABASE_URL=url.render_as_string(hide_password=False))
+    ended = main(DATABASE_URL=url.render_as_string(hide_password=False))
     assert_refused(ended, 'database "no_such_database" does not exist')
 
 
 def test_a_role_without_the_right_to_create_a_schema(
-    run: Run, own_postgres: servers.Server
+    main: Main, own_postgres: servers.Server
 ) -> None:
     with postgres_engine(own_postgres.url).connect() as connection:
         connection.execute(sa.text(f"CREATE ROLE reader LOGIN PASSWORD '{SECRET}'"))
     url = f"postgresql://reader:{SECRET}@127.0.0.1:{own_postgres.port}/app"
-    assert_refused(run(*QUICK, DATABASE_URL=url), "permission denied")
+    assert_refused(main(*QUICK, DATABASE_URL=url), "permission denied")
 
 
 MALFORMED = {
@@ -272,115 +215,72 @@ MALFORMED = {
 }
 
 
-def test_malformed_urls(tmp_path: Path) -> None:
-    runs = [partial(Run(tmp_path / name), DATABASE_URL=url) for name, url in MALFORMED.items()]
-    for ended in at_once(*runs):
-        assert_refused(ended)
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_urls(main: Main, name: str) -> None:
+    assert_refused(main(DATABASE_URL=MALFORMED[name]))
 
 
 def test_a_password_of_special_characters_percent_encoded(
-    run: Run, own_postgres: servers.Server
+    main: Main, own_postgres: servers.Server
 ) -> None:
     password = "p@ss/w:rd?#%20 é"
     with postgres_engine(own_postgres.url).connect() as connection:
         connection.execute(sa.text(f"CREATE ROLE special SUPERUSER LOGIN PASSWORD '{password}'"))
     address = f"127.0.0.1:{own_postgres.port}/app"
-    ended = run(*QUICK, DATABASE_URL=f"postgresql://special:{quote(password, safe='')}@{address}")
+    ended = main(*QUICK, DATABASE_URL=f"postgresql://special:{quote(password, safe='')}@{address}")
     assert ended.stdout.startswith("On PostgreSQL"), ended.stderr
-
-
-# ── A server that is not there: the offline tier ────────────────────────────────────
-
-
-def assert_offline(ended: Ended, reason: str) -> None:
-    assert ended.returncode == 0, ended.stderr
-    unavailable, on_sqlite, _ = ended.stdout.partition("\nOn SQLite ")
-    assert on_sqlite
-    assert unavailable.startswith("PostgreSQL at postgresql+psycopg2://app:***@")
-    assert re.search(reason, unavailable)
-    assert START in " ".join(unavailable.split())
-    assert SECRET not in ended.stdout + ended.stderr
-
-
-@pytest.fixture
-def refused_url() -> Iterator[str]:
-    """Of a port that is ours and at which nobody listens."""
-    with closing(socket.socket()) as bound:
-        bound.bind(("127.0.0.1", 0))
-        yield f"postgresql://app:{SECRET}@127.0.0.1:{bound.getsockname()[1]}/app"
-
-
-def test_a_refused_port(run: Run, refused_url: str) -> None:
-    assert_offline(run(*QUICK, DATABASE_URL=refused_url), "Connection refused")
-
-
-def test_a_required_service_that_is_missing(run: Run, refused_url: str) -> None:
-    ended = run(*QUICK, "--require-services", DATABASE_URL=refused_url)
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert "--require-services: PostgreSQL at postgresql+psycopg2://app:***@" in ended.stderr
-    assert START in " ".join(ended.stderr.split())
-    assert SECRET not in ended.stderr
-    assert run(*QUICK, "--require-services").returncode == 2
-
-
-def test_an_unknown_host(run: Run) -> None:
-    url = f"postgresql://app:{SECRET}@database.invalid/app"
-    assert_offline(run(*QUICK, DATABASE_URL=url), "unavailable: .*(known|resolution|answer)")
-
-
-def test_a_server_that_accepts_and_never_answers(run: Run) -> None:
-    with closing(socket.create_server(("127.0.0.1", 0))) as silent:
-        url = f"postgresql://app:{SECRET}@127.0.0.1:{silent.getsockname()[1]}/app"
-        ended = run(*QUICK, DATABASE_URL=url, CONNECT_TIMEOUT_S="0.5")
-    assert_offline(ended, "it accepts, and says nothing")
-
-
-def test_a_server_that_hangs(run: Run, own_postgres: servers.Server) -> None:
-    own_postgres.pause()
-    try:
-        ended = run(*QUICK, DATABASE_URL=own_postgres.url, CONNECT_TIMEOUT_S="0.5")
-    finally:
-        own_postgres.resume()
-    assert_offline(ended, "it accepts, and says nothing")
 
 
 # ── Interruptions ───────────────────────────────────────────────────────────────────
 
 
+def test_a_server_that_hangs(main: Main, own_postgres: servers.Server) -> None:
+    own_postgres.pause()
+    try:
+        ended = main(*QUICK, DATABASE_URL=own_postgres.url, CONNECT_TIMEOUT_S="0.5")
+    finally:
+        own_postgres.resume()
+    assert_offline(SCRIPT, ended, "it accepts, and says nothing")
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_in_the_middle(run: Run, database_url: str, signum: signal.Signals) -> None:
-    child = run.start("--scale", "50", DATABASE_URL=database_url)
+def test_interrupted_in_the_middle(
+    tmp_path: Path, database_url: str, signum: signal.Signals
+) -> None:
     # Where it waits: Python drops a Ctrl-C that falls into a destructor or a weakref's callback.
-    child.until("Pool size: 2")
+    at = "Pool size: 2"
+    child = Run(tmp_path).start("--scale", "50", DATABASE_URL=database_url, PAUSE_AT=at)
+    child.paused()
     assert not database_url or schemas(database_url)
     child.process.send_signal(signum)
+    child.go_on()
     ended = child.ended()
     assert ended.returncode == 130
     assert ended.stderr == "interrupted\n"
     assert "── 11. " not in ended.stdout
-    assert not database_url or schemas(database_url) == []
+    assert not database_url or schemas(database_url) == set()
 
 
-def test_a_server_killed_in_the_middle(run: Run, own_postgres: servers.Server) -> None:
-    child = run.start("--scale", "50", DATABASE_URL=own_postgres.url)
-    child.until("── 3. ")
+def test_a_server_killed_in_the_middle(tmp_path: Path, own_postgres: servers.Server) -> None:
+    child = Run(tmp_path).start("--scale", "50", DATABASE_URL=own_postgres.url, PAUSE_AT="── 4. ")
+    child.paused()
     own_postgres.kill()
+    child.go_on()
     try:
         ended = child.ended()
     finally:
         own_postgres.start()
     assert ended.returncode == 1
-    failed = ended.stdout.rpartition("failed: ")[2].strip().rstrip(".").split(", ")
-    assert failed[-8:] == list(DEMOS[3:])
-    assert ended.stdout.count("\nfailed: OperationalError") >= 8
+    assert f"; failed: {', '.join(DEMOS[3:])}." in ended.stdout
+    assert ended.stdout.count("\nfailed: OperationalError") == 8
     told = re.findall(r"these may stay behind: (.+?) \((.+?)\)", " ".join(ended.stderr.split()))
     ((names, reason),) = told  # once, not for each schema
     assert re.match(r"connection to server at .* failed: Connection refused", reason)
-    left = set(schemas(own_postgres.url))
+    left = schemas(own_postgres.url)
     assert len(left) >= 3  # of open_resources and the first two demos
     assert left <= set(names.split(", "))
     assert own_postgres.url.split(":")[2].partition("@")[0] not in ended.stdout + ended.stderr
-    assert run(*QUICK, DATABASE_URL=own_postgres.url).returncode == 0
+    assert Run(tmp_path)(*QUICK, DATABASE_URL=own_postgres.url).returncode == 0
 
 
 # ── Logging and importing ───────────────────────────────────────────────────────────
@@ -388,9 +288,11 @@ def test_a_server_killed_in_the_middle(run: Run, own_postgres: servers.Server) -
 
 @pytest.mark.parametrize("level", ["INFO", "DEBUG"])
 def test_json_logs_are_one_object_a_line_and_hold_no_password(
-    run: Run, own_postgres: servers.Server, level: str
+    main: Main, own_postgres: servers.Server, level: str
 ) -> None:
-    ended = run(*QUICK, "--json", DATABASE_URL=own_postgres.url, LOG_FORMAT="json", LOG_LEVEL=level)
+    ended = main(
+        *QUICK, "--json", DATABASE_URL=own_postgres.url, LOG_FORMAT="json", LOG_LEVEL=level
+    )
     records = [json.loads(line) for line in ended.stderr.splitlines()]
     assert records
     assert all({"time", "level", "logger", "message"} <= record.keys() for record in records)

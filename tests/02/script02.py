@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
 import pymongo
+import running
 from pymongo.database import Database
+from running import SCRIPTS, missing
+
+import servers
 
 PROBE_TIMEOUT_S = 5.0  # a connection over loopback or to a container
 
@@ -92,3 +98,39 @@ class AsyncManagers:
 
 
 MakeManagers = Callable[[float], Managers]
+
+
+# ── The script in a process, and servers of a test's own ────────────────────────────
+
+# A Ctrl-C inside the constructor of a cursor: PyMongo 4.20's destructor then stumbles over the half
+# that is missing, and Python says so on stderr. The script cannot reach it.
+HALF_BUILT_CURSOR = re.compile(
+    r"Exception ignored in: <function _AgnosticCursorBase\.__del__ at \w+>\n"
+    r"Traceback \(most recent call last\):\n(?:  .*\n)+"
+    r"AttributeError: '\w+' object has no attribute '_ns'\n"
+)
+
+
+class Child(running.Child):
+    harmless = HALF_BUILT_CURSOR
+
+
+class Run(running.Run):
+    child = Child
+
+    def __init__(self, home: Path) -> None:
+        super().__init__(SCRIPTS["02"].path, home)
+
+
+@contextmanager
+def started(kind: type[servers.Mongo]) -> Iterator[Any]:
+    """A server of `kind`, on loopback; fails or skips where none can be had."""
+    directory = servers.RunDirectory()
+    try:
+        server = kind(directory, kind.find())
+        server.start()
+        yield server
+    except servers.ServerUnavailable as unavailable:
+        missing(unavailable)
+    finally:
+        directory.close()

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
@@ -35,15 +35,14 @@ from pymongo.monitoring import (
     CommandStartedEvent,
     CommandSucceededEvent,
 )
-from script02 import open_workspace
+from running import WAIT_S, databases, until
+from script02 import Child, Run, open_workspace, started
 from services import ROOT, load_script, mongo_client
-from test_02_cli import Child, Run, databases, started
 
 import servers
 
 app: Any = load_script("02_mongodb_advanced")
 
-WAIT_S = 60.0  # for what takes a second or two; a restart of mongod takes three
 OUTAGE_TIMEOUT_S = 0.5  # of an operation that is not to outlast an outage
 
 Document = dict[str, Any]
@@ -81,13 +80,6 @@ def database(workspace: Any) -> Database[Document]:
     """Empty, with durable writes, and money as Decimal."""
     made: Database[Document] = workspace.database()
     return made
-
-
-def poll(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.02)
 
 
 def wait(event: threading.Event) -> None:
@@ -332,10 +324,10 @@ def test_every_acknowledged_transfer_happened_once_and_no_money_is_lost(
     with ThreadPoolExecutor(len(payers)) as threads:
         paying = [threads.submit(payer.run) for payer in payers]
         try:
-            poll(lambda: all(len(p.acknowledged) > 5 for p in payers), "transfers")
+            until(lambda: all(len(p.acknowledged) > 5 for p in payers), "transfers")
             before = sum(len(payer.unknown) for payer in payers)
             victim.kill()
-            poll(lambda: sum(len(p.unknown) for p in payers) > before, "a transfer in the outage")
+            until(lambda: sum(len(p.unknown) for p in payers) > before, "a transfer in the outage")
             victim.start()
         finally:
             restarted.set()
@@ -461,7 +453,7 @@ def test_every_write_around_a_kill_has_its_effect_once(
             lambda count: (writing.done() and count >= len(written)) or time.monotonic() > deadline,
         )
         try:
-            poll(lambda: len(handled) > 20, "changes")
+            until(lambda: len(handled) > 20, "changes")
             victim.kill()
         finally:
             killed.set()
@@ -493,7 +485,7 @@ def test_a_token_that_is_too_old_and_the_way_back(
             oldest = oplog.find_one(sort=[("$natural", 1)])
             return bool(oldest and oldest["ts"] > newest["ts"])
 
-        poll(cut, "the oplog to be cut")
+        until(cut, "the oplog to be cut")
         filler.drop()
     database.orders.delete_one({"_id": 0})
     for _attempt in range(2):  # it does not go away by itself
@@ -524,7 +516,7 @@ def test_what_is_past_its_time_goes_and_nothing_else(
             {"_id": "never"},
         ]
     )
-    poll(lambda: not database.sessions.count_documents({"_id": "past"}), "the monitor")
+    until(lambda: not database.sessions.count_documents({"_id": "past"}), "the monitor")
     assert {document["_id"] for document in database.sessions.find()} == {"to come", "never"}
 
 
@@ -556,7 +548,7 @@ def in_the_middle(tmp_path: Path, victim: Any) -> Iterator[dict[str, Child]]:
             stack.callback(child.process.kill)
             child.until(line)
             if name == "bulk":
-                poll(
+                until(
                     lambda before=before: has_collection(
                         victim, databases(victim.url) - before, "load_"
                     ),
@@ -645,7 +637,7 @@ def test_interrupted_in_the_middle(tmp_path: Path, victim: Any, name: str) -> No
 def test_interrupted_while_seeding(tmp_path: Path, victim: Any, signum: signal.Signals) -> None:
     before = databases(victim.url)
     child = Run(tmp_path).start("--scale", "100000", MONGODB_URI=victim.url)
-    poll(lambda: has_collection(victim, databases(victim.url) - before, "orders"), "orders")
+    until(lambda: has_collection(victim, databases(victim.url) - before, "orders"), "orders")
     child.process.send_signal(signum)
     ended = child.ended()
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")

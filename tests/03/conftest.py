@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import redis
+from running import until
 from script03 import (
     CALLERS,
     TIMEOUT_S,
@@ -23,7 +24,6 @@ from script03 import (
     LoopThread,
     MakeCache,
     SyncDriver,
-    until,
 )
 from services import load_script
 

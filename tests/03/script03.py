@@ -14,7 +14,6 @@ import inspect
 import re
 import shlex
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,13 +38,6 @@ asynchronous = pytest.mark.parametrize("flavour", ["async"])
 
 class SourceDown(Exception):
     """What a loader raises."""
-
-
-def until(is_so: Callable[[], object]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not is_so():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(POLL_S)
 
 
 def admit(root: redis.Redis, user: str, password: str, prefix: str = "module8-") -> set[str]:

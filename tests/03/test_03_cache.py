@@ -34,6 +34,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from prometheus_client.parser import text_string_to_metric_families
 from redis.crc import key_slot
+from running import until
 from script03 import (
     CALLERS,
     WAIT_S,
@@ -46,7 +47,6 @@ from script03 import (
     finished,
     on_redis,
     synchronous,
-    until,
 )
 from services import load_script
 

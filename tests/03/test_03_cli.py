@@ -32,7 +32,6 @@ from services import ROOT, redis_client
 import config
 import servers
 
-SCRIPT = ROOT / "03_caching_strategies.py"
 DEMOS = (  # in reading order, as the script's guide has them
     "memoisation", "tiers", "ttl", "stampede", "failing_loader", "invalidation", "outage", "bulk",
     "real_world", "observability",
@@ -52,41 +51,8 @@ LOST = re.compile(
 )
 
 
-class Child(running.Child):
-    """Script 03 in a process group of its own, which must be empty afterwards."""
-
-    script = SCRIPT
-    has_own_group = True
-
-    def ended(self) -> Ended:
-        ended = super().ended()
-        until(lambda: self.children() == [])  # multiprocessing's own helper takes a moment
-        return ended
-
-    def ctrl_c(self) -> None:
-        """As a terminal sends it: to the whole group."""
-        os.killpg(self.process.pid, signal.SIGINT)
-
-    def children(self) -> list[str]:
-        """The command lines of its group, without its own and without what is dead already."""
-        asked = ["ps", "-A", "-o", "pid=,pgid=,stat=,args="]
-        listed = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=10)
-        rows = [line.split(None, 3) for line in listed.stdout.splitlines()]
-        ours = [row for row in rows if row[1] == str(self.process.pid) != row[0]]
-        return [args for _pid, _group, state, args in ours if not state.startswith("Z")]
-
-
 class Interrupted(Child):
     harmless = LOST
-
-
-class Run(running.Run):
-    child = Child
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return Run(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -226,34 +192,6 @@ def test_json_is_all_of_stdout(run: Run, root: redis.Redis, own: servers.Redis, 
 # ── The command line ────────────────────────────────────────────────────────────────
 
 
-def test_list_names_every_demo_and_opens_nothing(run: Run) -> None:
-    ended = run("--list", REDIS_URL="redis://127.0.0.1:notaport/")
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert tuple(line.split()[0] for line in ended.stdout.splitlines()) == DEMOS
-
-
-@pytest.mark.parametrize(
-    "args", [("--scale", "0"), ("--offline", "--require-services"), ("--only", "cache")]
-)
-def test_wrong_usage(run: Run, args: tuple[str, ...]) -> None:
-    ended = run(*args)
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert all(arg in ended.stderr for arg in args)
-
-
-def test_offline_asks_no_server(run: Run) -> None:
-    with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        url = f"redis://:{SECRET}@127.0.0.1:{server.getsockname()[1]}/0"
-        ended = run(*QUICK, "--only", "tiers", "--offline", REDIS_URL=url)
-        server.setblocking(False)
-        with pytest.raises(BlockingIOError):
-            server.accept()
-    assert ended.returncode == 0
-    assert "--offline was given" in ended.stdout
-    assert OFFLINE in ended.stdout
-    assert SECRET not in ended.stdout + ended.stderr
-
-
 # ── A server that is not there: the in-process tier ─────────────────────────────────
 
 
@@ -281,18 +219,6 @@ def test_a_refused_port(run: Run, refused: str, scheme: str) -> None:
     assert_offline(ended, "Connection refused", rf"{scheme}://app:\*\*\*@")
 
 
-def test_an_unknown_host(run: Run) -> None:
-    ended = run(*QUICK, REDIS_URL=f"redis://:{SECRET}@cache.invalid:6379/0")
-    assert_offline(ended, "(known|resolution|answer|timed out)", r"redis://:\*\*\*@")
-
-
-def test_a_server_that_accepts_and_never_answers(run: Run) -> None:
-    with closing(socket.create_server(("127.0.0.1", 0))) as silent:
-        url = f"redis://:{SECRET}@127.0.0.1:{silent.getsockname()[1]}/0"
-        ended = run(*QUICK, REDIS_URL=url, CONNECT_TIMEOUT_S="0.5")
-    assert_offline(ended, "(timed out|no answer|Timeout)", r"redis://:\*\*\*@")
-
-
 def test_a_server_that_hangs(run: Run, own: servers.Redis, root: redis.Redis) -> None:
     assert root.ping()
     own.pause()
@@ -311,16 +237,6 @@ def test_a_unix_socket_that_is_missing_or_dead(run: Run) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
     assert_offline(run(*QUICK, REDIS_URL=url), "Connection refused", url)
-
-
-def test_a_required_service_that_is_missing(run: Run, refused: str) -> None:
-    url = f"redis://:{SECRET}@{refused}/0"
-    ended = run(*QUICK, "--require-services", REDIS_URL=url)
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert "--require-services: Redis at redis://:***@127.0.0.1:" in ended.stderr
-    assert START in " ".join(ended.stderr.split())
-    assert SECRET not in ended.stderr
-    assert run(*QUICK, "--require-services").returncode == 2
 
 
 # ── A server that refuses: never silently offline ───────────────────────────────────

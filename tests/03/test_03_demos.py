@@ -24,7 +24,8 @@ from typing import Any
 import orjson
 import pytest
 import redis
-from script03 import TIMEOUT_S, WAIT_S, until
+from running import until
+from script03 import TIMEOUT_S, WAIT_S
 from services import ROOT, load_script, redis_client
 
 import config

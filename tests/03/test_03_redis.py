@@ -22,7 +22,8 @@ from typing import Any
 
 import pytest
 import redis
-from script03 import TIMEOUT_S, WAIT_S, AsyncDriver, LoopThread, Source, SyncDriver, admit, until
+from running import until
+from script03 import TIMEOUT_S, WAIT_S, AsyncDriver, LoopThread, Source, SyncDriver, admit
 from services import ROOT, load_script, redis_client
 
 import servers

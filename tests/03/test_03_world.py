@@ -25,7 +25,8 @@ import pytest
 import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from script03 import TIMEOUT_S, WAIT_S, SourceDown, until
+from running import until
+from script03 import TIMEOUT_S, WAIT_S, SourceDown
 from services import ROOT, load_script
 
 app: Any = load_script("03_caching_strategies")
