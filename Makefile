@@ -4,11 +4,13 @@ PYTHON ?= python3
 PY := .venv/bin/python
 REQUIREMENTS := requirements.txt requirements/servers.txt requirements/dev.txt
 CONSTRAINTS := requirements/constraints.txt
+# Of the tests: each starts servers of its own, and one core is busy with them.
+WORKERS ?= 2
 # Made after each complete installation: its age tells whether requirements changed since.
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: setup demo test lint bench up down clean help rabbitmq
+.PHONY: setup demo test test-slow lint bench up down clean help rabbitmq
 
 setup: $(INSTALLED) ## make .venv and install the tested set of packages
 
@@ -17,8 +19,11 @@ demo: setup ## run every script top to bottom against real servers
 	    for script in 0?_*.py; do $(PY) "$$script" || failed="$$failed $$script"; done; \
 	    test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }'
 
-test: setup rabbitmq ## run the tests; REQUIRE_SERVICES=1 fails where a server is missing
-	$(PY) -m pytest
+test: setup rabbitmq ## run the fast tests; REQUIRE_SERVICES=1 fails where a server is missing
+	$(PY) -m pytest -n $(WORKERS)
+
+test-slow: setup rabbitmq ## run the others: servers killed under load, whole runs twice
+	$(PY) -m pytest -n $(WORKERS) -m slow
 
 lint: setup ## ruff, its formatter, and mypy --strict
 	$(PY) -m ruff check .
@@ -44,7 +49,7 @@ clean: ## remove what make made: .venv and caches (.env and data stay)
 	rm -rf __pycache__ tests/__pycache__ tests/0?/__pycache__ benchmarks/__pycache__
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
 # ── Installation ────────────────────────────────────────────────────────────────────
 

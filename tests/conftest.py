@@ -43,6 +43,34 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In a worker of pytest-xdist: tests that share a whole run or a fixture of their module stay
+    together, and come first; those that are left, one by one, keep both workers busy to the end.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+    ranks: dict[pytest.Item, int] = {}
+    for item in items:
+        fixtures = item._fixtureinfo.name2fixturedefs  # type: ignore[attr-defined]
+        if "recorded" in fixtures:
+            rank, group = 0, f"whole runs of {_script(item)}"
+        elif any(made[-1].scope == "module" for made in fixtures.values()):
+            rank, group = 1, item.path.stem
+        else:
+            rank, group = 2, ""
+        ranks[item] = rank
+        if group:
+            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=ranks.__getitem__)
+
+
+def _script(item: pytest.Item) -> str:
+    """The number of the script that a test is about, by its parameter `script` or its folder."""
+    given = item.callspec.params if hasattr(item, "callspec") else {}
+    return str(given.get("script", item.path.parent.name))
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A worker of pytest-xdist has a ladder, and so servers, of its own, and no terminal."""
     if output := getattr(session.config, "workeroutput", None):

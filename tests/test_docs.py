@@ -6,26 +6,27 @@ A quote is a block of Python below `<!-- from FILE: NAME -->`, where NAME may be
 the source of NAME in FILE, dedented; a line `# …` stands for one or more lines left out.
 
 Output is a block of text in the guide of a script, or in the README below a paragraph that names
-"Script 0N". Each line of it occurs in a run of that script, whatever the numbers: on the server in
-SERVERS where the paragraph above names it, else offline. A paragraph that names the server's whole
+"Script 0N". Each line of it occurs in a run of that script, whatever the numbers: on its server
+where the paragraph above names that, else offline. A paragraph that names the server's whole
 version, such as MongoDB 6.0.5, is of that version only.
 """
 
 from __future__ import annotations
 
 import ast
-import functools
 import importlib
-import os
 import re
 import shlex
-import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from running import Recorded
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
@@ -33,18 +34,13 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 SCRIPTS = sorted(ROOT.glob("0?_*.py"))
 README = ROOT / "README.md"
 README_BYTES = 6 * 1024  # a beginner reads it whole
-SERVERS = {  # script → its server as a paragraph names it, its variable, the fixture of its URL
-    "01": ("PostgreSQL", "DATABASE_URL", "postgres_url"),
-    "02": ("MongoDB", "MONGODB_URI", "mongo_uri"),
-    "03": ("Redis", "REDIS_URL", "redis_url"),
-}
+SERVERS = {"01": "PostgreSQL", "02": "MongoDB", "03": "Redis"}  # as a paragraph names them
 ELISION = "# …"
 BLOCK = re.compile(
     r"(?P<head>(?:<!-- from (?P<file>\S+): (?P<name>\S+) -->\n)?```python\n)(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 OUTPUT = re.compile(r"((?:.+\n)+)\n?```text\n((?:(?!```).*\n)+)```")  # and the paragraph above
-RUN_TIMEOUT_S = 120.0  # a whole script on a busy machine
 
 
 def source_of(file: str, name: str) -> str:
@@ -126,30 +122,6 @@ def test_quote_is_exact(code: str, expected: bool) -> None:
     assert is_quote(code, "a\nb\nc\n") is expected
 
 
-Run = Callable[[str, bool], list[str]]  # number of a script, on its server? → the lines it prints
-
-
-@pytest.fixture(scope="module")
-def lines_of_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    @functools.cache
-    def run(number: str, on_server: bool) -> list[str]:
-        _server, variable, fixture = SERVERS[number]
-        url = request.getfixturevalue(fixture) if on_server else ""
-        (script,) = ROOT.glob(f"{number}_*.py")
-        done = subprocess.run(
-            [sys.executable, str(script)],
-            cwd=tmp_path_factory.mktemp("run"),  # no .env
-            env={**os.environ, variable: url},
-            capture_output=True,
-            encoding="utf-8",
-            timeout=RUN_TIMEOUT_S,
-            check=True,
-        )
-        return done.stdout.splitlines()
-
-    return run
-
-
 def mask(line: str) -> str:
     """A line without its numbers, which vary, and without the widths that follow from them."""
     return re.sub(r"[\s─]+", " ", re.sub(r"\d[\d.,]*", "#", line)).strip()
@@ -174,10 +146,10 @@ def outputs() -> Iterator[object]:
 
 @pytest.mark.parametrize(("script", "introduction", "output"), list(outputs()))
 def test_output_in_a_guide_is_from_a_run(
-    script: str, introduction: str, output: str, lines_of_run: Run
+    script: str, introduction: str, output: str, recorded: Recorded
 ) -> None:
-    server = SERVERS[script][0]
-    printed = lines_of_run(script, server in introduction)
+    server = SERVERS[script]
+    printed = recorded(script, server in introduction).ended.stdout.splitlines()
     version = re.search(rf"{server} \d+\.\d+\.\d+", introduction)
     if version and not any(re.match(rf"On {version[0]}\b", line) for line in printed):
         pytest.skip(f"of {version[0]}, and this run was not")

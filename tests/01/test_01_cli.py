@@ -16,11 +16,11 @@ import sqlalchemy as sa
 from running import (
     SCRIPTS,
     SECRET,
-    assert_offline,
     START,
     Ended,
     Main,
     Recorded,
+    assert_offline,
     at_once,
     demos_of,
     missing,
@@ -133,6 +133,7 @@ def test_another_whole_run_differs_only_in_timings(
     assert second.left == set()
 
 
+@pytest.mark.slow
 def test_every_demo_at_small_scales_as_json(tmp_path: Path, database_url: str) -> None:
     scales = ("1", "3", "50")
     for ended in at_once(
@@ -261,6 +262,7 @@ def test_interrupted_in_the_middle(
     assert not database_url or schemas(database_url) == set()
 
 
+@pytest.mark.slow
 def test_a_server_killed_in_the_middle(tmp_path: Path, own_postgres: servers.Server) -> None:
     child = Run(tmp_path).start("--scale", "50", DATABASE_URL=own_postgres.url, PAUSE_AT="── 4. ")
     child.paused()

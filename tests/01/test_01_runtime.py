@@ -413,7 +413,7 @@ def test_copy_tells_the_sqlstate_by_which_a_retry_is_decided(
     assert (script.sqlstate(caught.value), len(calls)) == ("23505", 1)
     assert script.violated_constraint(caught.value) == "pk_users"
 
-    both_hold_a_key = threading.Barrier(2)
+    both_hold_a_key, other_is_done = threading.Barrier(2), threading.Event()
     keys = iter((10, 20))
     attempts: list[int] = []
 
@@ -430,7 +430,11 @@ def test_copy_tells_the_sqlstate_by_which_a_retry_is_decided(
                 if is_first and id_ == mine:
                     both_hold_a_key.wait(THREAD_TIMEOUT_S)
 
-        script.in_transaction(engine, work, isolation_level="READ COMMITTED")
+        def wait(_s: float) -> None:  # else the other's rows, uncommitted, are in the way unseen
+            assert other_is_done.wait(THREAD_TIMEOUT_S)
+
+        script.in_transaction(engine, work, isolation_level="READ COMMITTED", sleep=wait)
+        other_is_done.set()
 
     script.in_threads(2, copy_both)
     assert sorted(Counter(attempts).values()) == [1, 2]
@@ -524,15 +528,17 @@ def test_four_workers_handle_each_of_200_jobs_once(script: ModuleType, workspace
     engine = workspace.create(users=1)
     ids = add_jobs(script, engine, 200)
     handled: list[tuple[int, int]] = []
-    ready = threading.Barrier(4)
+    each_has_one = threading.Barrier(4)
 
-    def worker() -> None:
-        ready.wait(THREAD_TIMEOUT_S)
-        script.run_worker(engine, lambda job: handled.append((job.id, threading.get_ident())))
+    def handle(job: Any) -> None:
+        me = threading.get_ident()
+        if me not in [worker for _, worker in handled]:
+            each_has_one.wait(THREAD_TIMEOUT_S)
+        handled.append((job.id, me))
 
-    script.in_threads(4, worker)
+    script.in_threads(4, lambda: script.run_worker(engine, handle))
     assert sorted(job for job, _ in handled) == ids
-    assert len({worker for _, worker in handled}) > 1
+    assert len({worker for _, worker in handled}) == 4
     assert jobs_done(engine) == 200
 
 

@@ -335,6 +335,7 @@ def on_admin(*roles: str) -> list[object]:
     return [{"role": role, "db": "admin"} for role in roles]
 
 
+@pytest.mark.slow
 def test_the_roles_of_the_guide_suffice(main: Main, own_mongo: servers.Mongo) -> None:
     """As docs/servers.md lists them."""
     uri = make_user(own_mongo, "guide", *on_admin(*GUIDE_ROLES))
@@ -480,6 +481,7 @@ def test_a_server_that_hangs(main: Main, own_mongo: servers.Mongo) -> None:
 # ── A server that has less ──────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_a_server_without_a_replica_set(main: Main, standalone: Any) -> None:
     ended = main("--scale", "5", MONGODB_URI=standalone.url)
     assert (ended.returncode, ended.stderr) == (0, ""), ended.stdout

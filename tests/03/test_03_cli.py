@@ -1,18 +1,10 @@
-"""Script 03 as a user runs it: a process, its exit code, its two streams, and what it leaves.
-
-Every run gets an empty directory to work in, a TMPDIR of its own that must be empty afterwards, a
-process group that must be empty afterwards, and an environment in which no server is configured
-but the one that the test names.
-"""
+"""Script 03 as a user runs it; what it shares with the others is in test_cli.py."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,21 +17,33 @@ from urllib.parse import quote
 import pytest
 import redis
 import running
-from running import SECRET, START, Ended, at_once, demos_of, missing
-from script03 import admit, until
-from services import ROOT, redis_client
+from running import (
+    SCRIPTS,
+    SECRET,
+    START,
+    Ended,
+    Main,
+    Recorded,
+    assert_offline,
+    demos_of,
+    missing,
+    until,
+    whole_run,
+)
+from script03 import admit
+from services import redis_client
 
 import config
 import servers
 
+SCRIPT = SCRIPTS["03"]
+Run = partial(running.Run, SCRIPT.path)
 DEMOS = (  # in reading order, as the script's guide has them
     "memoisation", "tiers", "ttl", "stampede", "failing_loader", "invalidation", "outage", "bulk",
     "real_world", "observability",
 )  # fmt: skip
 QUICK = ("--only", "ttl")  # where any demo will do
 OFFLINE = "On no Redis: the in-process tier alone\n"
-PATIENT = "timeout=10&socket_timeout=10&socket_connect_timeout=10"  # of a busy machine
-
 # ── Running it ──────────────────────────────────────────────────────────────────────
 
 
@@ -51,8 +55,15 @@ LOST = re.compile(
 )
 
 
-class Interrupted(Child):
+class Interrupted(running.Child):
     harmless = LOST
+
+
+@pytest.fixture
+def main(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Main:
+    return Main(SCRIPT.path, tmp_path, capsys, monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -123,30 +134,56 @@ def stderr_of(ended: Ended) -> str:
     return OPENED.sub("", ended.stderr).strip()
 
 
-def whole(ended: Ended) -> None:
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert stderr_of(ended) == ""
+@pytest.mark.parametrize("on_server", [False, True], ids=["offline", "online"])
+def test_a_whole_run(recorded: Recorded, on_server: bool) -> None:
+    whole = recorded("03", on_server)
+    ended = whole.ended
+    assert (ended.returncode, stderr_of(ended)) == (0, ""), ended.stdout
     headings = re.findall(r"^── (\d+)\. ", ended.stdout, re.MULTILINE)
     assert headings == [str(number) for number in range(1, len(DEMOS) + 1)]
     assert re.search(r"^Demos: 10 in [\d.]+ s; none failed\.$", ended.stdout, re.MULTILINE)
     assert max(map(len, ended.stdout.splitlines())) <= max(config.WIDTH, len(START) + 10)
+    assert whole.left == set()
 
 
+def test_a_whole_run_on_redis(recorded: Recorded, redis_url: str) -> None:
+    output = recorded("03", True).ended.stdout
+    with redis_client(redis_url) as client:
+        about = client.info("server")
+    valkey = about.get("valkey_version")
+    name = f"Valkey {valkey}" if valkey else f"Redis {about['redis_version']}"
+    assert output.startswith(f"On {name}\n")
+    assert re.search(r"[\d,]+ calls short-circuited, 0 user errors", output)
+
+
+def test_a_whole_run_without_redis_names_every_gap(recorded: Recorded) -> None:
+    output = recorded("03", False).ended.stdout
+    unavailable, _, _ = output.partition(OFFLINE)
+    assert unavailable.startswith("Redis is unavailable: REDIS_URL is not set.\n")
+    assert START in " ".join(unavailable.split())
+    gaps = [n for n, text in sections(output).items() if re.search(r"\n  note: no Redis", text)]
+    assert gaps == ["tiers", "stampede", "invalidation", "outage", "bulk", "real_world"]
+
+
+@pytest.mark.slow
+def test_another_whole_run_without_redis_differs_only_in_measurements(
+    recorded: Recorded, tmp_path: Path
+) -> None:
+    second = whole_run(SCRIPT, tmp_path).ended
+    assert_same_but_for_measurements(recorded("03", False).ended.stdout, second.stdout)
+
+
+@pytest.mark.slow
 def test_two_whole_runs_on_redis_differ_only_in_measurements(
     tmp_path: Path, own: servers.Redis, root: redis.Redis
 ) -> None:
+    """On a server that counts what it is asked, and holds a key of somebody else's."""
     granted = admit(root, "app", SECRET)
-    url = f"redis://app:{SECRET}@127.0.0.1:{own.port}/0?{PATIENT}"
     root.set("foreign", "untouched")
     root.config_resetstat()
-    first, second = (Run(tmp_path / name)(REDIS_URL=url) for name in ("1", "2"))
-    whole(first)
-    whole(second)
+    url = f"redis://app:{SECRET}@127.0.0.1:{own.port}/0"
+    first, second = (whole_run(SCRIPT, tmp_path / name, url).ended for name in ("1", "2"))
     assert_same_but_for_measurements(first.stdout, second.stdout)
-    about = subprocess.run([own.installation.binary, "--version"], capture_output=True, text=True)
-    name, version = re.match(r"(\w+) server v=(\S+)", about.stdout).groups()
-    assert first.stdout.startswith(f"On {name} {version}\n")
-    assert re.search(r"[\d,]+ calls short-circuited, 0 user errors", first.stdout)
     assert root.keys() == [b"foreign"]
     assert SECRET not in first.stdout + first.stderr
     sent = root.info("commandstats")
@@ -158,25 +195,13 @@ def test_two_whole_runs_on_redis_differ_only_in_measurements(
     assert {right for right in granted if not {right, right.partition("|")[0]} & used} == set()
 
 
-def test_two_whole_runs_without_redis_differ_only_in_measurements(tmp_path: Path) -> None:
-    first, second = (Run(tmp_path / name)() for name in ("1", "2"))
-    whole(first)
-    whole(second)
-    assert_same_but_for_measurements(first.stdout, second.stdout)
-    unavailable, _, _ = first.stdout.partition(OFFLINE)
-    assert unavailable.startswith("Redis is unavailable: REDIS_URL is not set.\n")
-    assert START in " ".join(unavailable.split())
-    shown = sections(first.stdout)
-    gaps = [name for name, text in shown.items() if re.search(r"\n  note: no Redis", text)]
-    assert gaps == [
-        *("tiers", "stampede", "invalidation", "outage", "bulk", "real_world"),
-    ]
-
-
 @pytest.mark.parametrize("args", [(), ("--offline",)], ids=["online", "offline"])
-def test_json_is_all_of_stdout(run: Run, root: redis.Redis, own: servers.Redis, args: Any) -> None:
+def test_json_is_all_of_stdout(
+    main: Main, root: redis.Redis, own: servers.Redis, args: Any
+) -> None:
     only = [word for name in ("bulk", "tiers", "failing_loader") for word in ("--only", name)]
-    ended = run(*only, *args, "--scale", "500", "--json", REDIS_URL=f"{own.url}?{PATIENT}")
+    url = f"{own.url}?{SCRIPT.patience}"
+    ended = main(*only, *args, "--scale", "500", "--json", REDIS_URL=url)
     assert (ended.returncode, ended.stderr) == (0, "")
     results = demos_of(ended)
     assert list(results) == ["tiers", "failing_loader", "bulk"]
@@ -189,20 +214,7 @@ def test_json_is_all_of_stdout(run: Run, root: redis.Redis, own: servers.Redis, 
     assert root.dbsize() == 0
 
 
-# ── The command line ────────────────────────────────────────────────────────────────
-
-
 # ── A server that is not there: the in-process tier ─────────────────────────────────
-
-
-def assert_offline(ended: Ended, reason: str, shown: str) -> None:
-    assert (ended.returncode, ended.stderr) == (0, "")
-    unavailable, offline, _ = ended.stdout.partition(OFFLINE)
-    assert offline
-    assert re.match(f"Redis at {shown}.* is unavailable: .*{reason}", unavailable), unavailable
-    assert START in " ".join(unavailable.split())
-    assert len(unavailable.splitlines()) == 2  # the reason and the remedy, a line each
-    assert SECRET not in ended.stdout
 
 
 @pytest.fixture
@@ -213,30 +225,29 @@ def refused() -> Iterator[str]:
         yield f"127.0.0.1:{bound.getsockname()[1]}"
 
 
-@pytest.mark.parametrize("scheme", ["redis", "rediss"])
-def test_a_refused_port(run: Run, refused: str, scheme: str) -> None:
-    ended = run(*QUICK, REDIS_URL=f"{scheme}://app:{SECRET}@{refused}/0")
-    assert_offline(ended, "Connection refused", rf"{scheme}://app:\*\*\*@")
+def test_a_refused_port_of_tls(main: Main, refused: str) -> None:
+    ended = main(*QUICK, REDIS_URL=f"rediss://app:{SECRET}@{refused}/0")
+    assert_offline(SCRIPT, ended, "Connection refused", r"rediss://app:\*\*\*@")
 
 
-def test_a_server_that_hangs(run: Run, own: servers.Redis, root: redis.Redis) -> None:
+def test_a_server_that_hangs(main: Main, own: servers.Redis, root: redis.Redis) -> None:
     assert root.ping()
     own.pause()
     try:
-        ended = run(*QUICK, REDIS_URL=own.url, CONNECT_TIMEOUT_S="0.5")
+        ended = main(*QUICK, REDIS_URL=own.url, CONNECT_TIMEOUT_S="0.5")
     finally:
         own.resume()
-    assert_offline(ended, "(timed out|no answer|Timeout)", r"redis://:\*\*\*@")
+    assert_offline(SCRIPT, ended, "(timed out|no answer|Timeout)", r"redis://:\*\*\*@")
     assert own.password not in ended.stdout
 
 
-def test_a_unix_socket_that_is_missing_or_dead(run: Run) -> None:
-    path = run.home / "dead"
+def test_a_unix_socket_that_is_missing_or_dead(main: Main) -> None:
+    path = main.home / "dead"
     url = f"unix://{path}"
-    assert_offline(run(*QUICK, REDIS_URL=url), "No such file", url)
+    assert_offline(SCRIPT, main(*QUICK, REDIS_URL=url), "No such file", url)
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
-    assert_offline(run(*QUICK, REDIS_URL=url), "Connection refused", url)
+    assert_offline(SCRIPT, main(*QUICK, REDIS_URL=url), "Connection refused", url)
 
 
 # ── A server that refuses: never silently offline ───────────────────────────────────
@@ -260,21 +271,21 @@ def assert_refused(ended: Ended, *words: str) -> None:
     ],
 )
 def test_a_wrong_password(
-    run: Run, own: servers.Redis, root: redis.Redis, argument: str, variables: dict[str, str]
+    main: Main, own: servers.Redis, root: redis.Redis, argument: str, variables: dict[str, str]
 ) -> None:
     url = f"redis://default:{SECRET}@127.0.0.1:{own.port}/0"
-    ended = run(argument, REDIS_URL=url, **variables)
+    ended = main(argument, REDIS_URL=url, **variables)
     assert_refused(ended, "WRONGPASS|invalid", r"default:\*\*\*@127\.0\.0\.1")
 
 
 def test_no_password_where_one_is_asked_for(
-    run: Run, own: servers.Redis, root: redis.Redis
+    main: Main, own: servers.Redis, root: redis.Redis
 ) -> None:
-    assert_refused(run(*QUICK, REDIS_URL=f"redis://127.0.0.1:{own.port}/0"), "authenticated")
+    assert_refused(main(*QUICK, REDIS_URL=f"redis://127.0.0.1:{own.port}/0"), "authenticated")
 
 
-def test_a_database_that_does_not_exist(run: Run, own: servers.Redis, root: redis.Redis) -> None:
-    ended = run(*QUICK, REDIS_URL=own.url.removesuffix("/0") + "/99")
+def test_a_database_that_does_not_exist(main: Main, own: servers.Redis, root: redis.Redis) -> None:
+    ended = main(*QUICK, REDIS_URL=own.url.removesuffix("/0") + "/99")
     assert_refused(ended, "out of range|Invalid [Dd]atabase")
     assert own.password not in ended.stderr
 
@@ -288,36 +299,36 @@ RIGHTS = {
 
 @pytest.mark.parametrize("rights", RIGHTS.values(), ids=RIGHTS.keys())
 def test_a_user_who_may_not_write(
-    run: Run, own: servers.Redis, root: redis.Redis, rights: str
+    main: Main, own: servers.Redis, root: redis.Redis, rights: str
 ) -> None:
     root.execute_command("ACL", "SETUSER", "app", "reset", "on", f">{SECRET}", *rights.split())
-    ended = run(*QUICK, REDIS_URL=f"redis://app:{SECRET}@127.0.0.1:{own.port}/0")
+    ended = main(*QUICK, REDIS_URL=f"redis://app:{SECRET}@127.0.0.1:{own.port}/0")
     assert_refused(ended, r"app:\*\*\*@", "permission|NOPERM")
     assert root.dbsize() == 0
 
 
-def test_a_replica_that_is_read_only(run: Run, own: servers.Redis, root: redis.Redis) -> None:
+def test_a_replica_that_is_read_only(main: Main, own: servers.Redis, root: redis.Redis) -> None:
     root.replicaof("127.0.0.1", 1)
     try:
-        ended = run(*QUICK, REDIS_URL=own.url)
+        ended = main(*QUICK, REDIS_URL=own.url)
     finally:
         root.replicaof("NO", "ONE")
     assert_refused(ended, "read.only")
 
 
-def test_a_server_out_of_memory(run: Run, own: servers.Redis, root: redis.Redis) -> None:
+def test_a_server_out_of_memory(main: Main, own: servers.Redis, root: redis.Redis) -> None:
     root.config_set("maxmemory", "1")
     try:
-        ended = run(*QUICK, REDIS_URL=own.url)
+        ended = main(*QUICK, REDIS_URL=own.url)
     finally:
         root.config_set("maxmemory", "0")
     assert_refused(ended, "memory")
 
 
 def test_a_client_that_wants_tls_of_a_plain_server(
-    run: Run, own: servers.Redis, root: redis.Redis
+    main: Main, own: servers.Redis, root: redis.Redis
 ) -> None:
-    ended = run(*QUICK, REDIS_URL=f"rediss://app:{SECRET}@127.0.0.1:{own.port}/0")
+    ended = main(*QUICK, REDIS_URL=f"rediss://app:{SECRET}@127.0.0.1:{own.port}/0")
     assert_refused(ended, r"app:\*\*\*@127\.0\.0\.1", "SSL|TLS|ssl")
 
 
@@ -351,9 +362,9 @@ REPLIES = {
 
 
 @pytest.mark.parametrize("reply", REPLIES.values(), ids=REPLIES.keys())
-def test_a_server_that_is_no_plain_redis(run: Run, reply: bytes) -> None:
+def test_a_server_that_is_no_plain_redis(main: Main, reply: bytes) -> None:
     with answering(reply) as address:
-        ended = run(*QUICK, REDIS_URL=f"redis://app:{SECRET}@{address}/0")
+        ended = main(*QUICK, REDIS_URL=f"redis://app:{SECRET}@{address}/0")
     assert_refused(ended, r"app:\*\*\*@127\.0\.0\.1")
 
 
@@ -373,35 +384,29 @@ MALFORMED = {
 }
 
 
-def test_malformed_urls(tmp_path: Path, own: servers.Redis, root: redis.Redis) -> None:
-    given = {"address": f"127.0.0.1:{own.port}", "password": own.password}
-    runs = [
-        partial(Run(tmp_path / name), *QUICK, "--only", "tiers", REDIS_URL=url.format(**given))
-        for name, url in MALFORMED.items()
-    ]
-    outcomes = dict(zip(MALFORMED, at_once(*runs), strict=True))
-    accepted = {name: e.stdout + e.stderr for name, e in outcomes.items() if e.returncode != 2}
-    assert accepted == {}
-    for name, ended in outcomes.items():
-        assert_refused(ended)
-        assert own.password not in ended.stderr
-        assert len(ended.stderr.strip().splitlines()) == 1, name
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_urls(main: Main, own: servers.Redis, root: redis.Redis, name: str) -> None:
+    url = MALFORMED[name].format(address=f"127.0.0.1:{own.port}", password=own.password)
+    ended = main(*QUICK, "--only", "tiers", REDIS_URL=url)
+    assert_refused(ended)
+    assert own.password not in ended.stderr
+    assert len(ended.stderr.strip().splitlines()) == 1
 
 
 def test_a_password_of_special_characters_percent_encoded(
-    run: Run, own: servers.Redis, root: redis.Redis
+    main: Main, own: servers.Redis, root: redis.Redis
 ) -> None:
     password = "p@ss/w:rd?#%20 é"
     root.execute_command("ACL", "SETUSER", "special", "on", f">{password}", "~*", "&*", "+@all")
     url = f"redis://special:{quote(password, safe='')}@127.0.0.1:{own.port}/0"
-    assert run(*QUICK, REDIS_URL=url).stdout.startswith(("On Redis ", "On Valkey ")), url
+    assert main(*QUICK, REDIS_URL=url).stdout.startswith(("On Redis ", "On Valkey ")), url
 
 
 def test_json_logs_are_one_object_a_line_and_hold_no_password(
-    run: Run, own: servers.Redis, root: redis.Redis
+    main: Main, own: servers.Redis, root: redis.Redis
 ) -> None:
     variables = {"LOG_FORMAT": "json", "LOG_LEVEL": "DEBUG"}
-    ended = run("--only", "outage", "--json", REDIS_URL=own.url, **variables)
+    ended = main("--only", "outage", "--json", REDIS_URL=own.url, **variables)
     records = [json.loads(line) for line in ended.stderr.splitlines()]
     assert records
     assert all({"time", "level", "logger", "message"} <= record.keys() for record in records)
@@ -414,13 +419,14 @@ def test_json_logs_are_one_object_a_line_and_hold_no_password(
 LONG = ("tiers", "stampede", "invalidation", "bulk", "real_world", "observability")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 2, 4, 6, 9, 10])
 def test_redis_killed_in_the_middle(
-    run: Run, own: servers.Redis, root: redis.Redis, at: int
+    tmp_path: Path, own: servers.Redis, root: redis.Redis, at: int
 ) -> None:
     """Right after the heading of demo `at` (1: when it says which Redis it has)."""
     only = [word for name in LONG for word in ("--only", name)]
-    child = run.start(*only, REDIS_URL=own.url)
+    child = Run(tmp_path).start(*only, REDIS_URL=own.url)
     child.until("On " if at == 1 else f"── {at}. ")
     own.kill()
     ended = child.ended()
@@ -431,16 +437,16 @@ def test_redis_killed_in_the_middle(
     assert own.password not in ended.stdout + ended.stderr
 
 
-def has_loaders(child: Child) -> bool:
+def has_loaders(child: running.Child) -> bool:
     """The four processes of demo 4 (and what multiprocessing adds) are there."""
     return len(child.children()) >= 4
 
 
-def has_server(child: Child) -> bool:
+def has_server(child: running.Child) -> bool:
     return any(re.search("(redis|valkey)-server", command) for command in child.children())
 
 
-MOMENTS: dict[str, tuple[str, Callable[[Child], object]]] = {
+MOMENTS: dict[str, tuple[str, Callable[[running.Child], object]]] = {
     "memoisation": ("── 1. ", lambda _child: True),
     "tiers": ("── 2. ", lambda _child: True),
     "stampede": ("── 4. ", lambda _child: True),
@@ -450,6 +456,7 @@ MOMENTS: dict[str, tuple[str, Callable[[Child], object]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_ctrl_c_leaves_nothing_behind(
     tmp_path: Path, own: servers.Redis, root: redis.Redis, moment: str
@@ -457,7 +464,9 @@ def test_a_ctrl_c_leaves_nothing_behind(
     heading, is_there = MOMENTS[moment]
     for _ in range(3):
         only = ("--only", moment.partition(" ")[0])
-        child = Interrupted(tmp_path, only, {"REDIS_URL": f"{own.url}?{PATIENT}"})
+        child = Interrupted(
+            SCRIPT.path, tmp_path, only, {"REDIS_URL": f"{own.url}?{SCRIPT.patience}"}
+        )
         child.until(heading)
         until(lambda child=child: is_there(child))
         child.ctrl_c()
@@ -468,12 +477,13 @@ def test_a_ctrl_c_leaves_nothing_behind(
     assert (ended.returncode, stderr_of(ended)) == (130, "interrupted")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.4, 0.8, 1.2, 1.6])
 def test_a_sigterm_is_as_good_as_a_ctrl_c(
     tmp_path: Path, own: servers.Redis, root: redis.Redis, seconds: float
 ) -> None:
     """At some moment of the outage: stopped, killed, restarting; the rule holds at each."""
-    child = Interrupted(tmp_path, ("--only", "outage"), {"REDIS_URL": own.url})
+    child = Interrupted(SCRIPT.path, tmp_path, ("--only", "outage"), {"REDIS_URL": own.url})
     child.until("── 7. ")
     until(lambda: has_server(child))
     time.sleep(seconds)
