@@ -76,8 +76,8 @@ def _no_set_of_ours_stays() -> Iterator[None]:
 
 def sets(pid: int | None = None) -> list[Path]:
     """The directories of the sets of servers that a process has started: by default, this one."""
-    bases = {tempfile.gettempdir(), "/tmp"}
-    return [path for base in bases for path in Path(base).glob(f"servers-py.{pid or os.getpid()}.*")]
+    pattern = f"servers-py.{pid or os.getpid()}.*"
+    return [path for base in {tempfile.gettempdir(), "/tmp"} for path in Path(base).glob(pattern)]
 
 
 def directory_of(server: Server) -> Path:
