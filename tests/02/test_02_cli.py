@@ -60,14 +60,14 @@ class Bare(servers.Mongo):
         return f"mongodb://127.0.0.1:{self.port}/"
 
     def _command(self) -> list[str]:
-        data = self._run.home(self.name) / "data"
+        data = self.home / "data"
         data.mkdir(exist_ok=True)
         return [
             str(self.installation.binary), "--dbpath", str(data), "--bind_ip", "127.0.0.1",
             "--port", str(self.port), "--nounixsocket", "--wiredTigerCacheSizeGB", "0.25",
         ]  # fmt: skip
 
-    def _make_user(self, timeout_ms: int) -> None:
+    def _make_user(self) -> None:
         self._has_user = True
 
 
@@ -76,14 +76,14 @@ class Encrypted(Bare):
 
     @property
     def ca_file(self) -> Path:
-        return self._run.home(self.name) / "certificate.pem"
+        return self.home / "certificate.pem"
 
     @property
     def url(self) -> str:
         return f"{super().url}?tls=true&tlsCAFile={quote(str(self.ca_file), safe='')}"
 
     def _command(self) -> list[str]:
-        home = self._run.home(self.name)
+        home = self.home
         key, both = home / "key.pem", home / "both.pem"
         subprocess.run(
             [
