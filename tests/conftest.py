@@ -6,12 +6,14 @@ started when the first test asks for it and stopped when the tests end, however 
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
+import pickle
 import secrets
 import signal
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import sqlalchemy
@@ -19,6 +21,7 @@ from pymongo.database import Database
 from running import SCRIPTS, Recorded, Whole, whole_run
 from services import (
     NOT_CONFIGURED,
+    ROOT,
     Ladder,
     Missing,
     mongo_client,
@@ -43,32 +46,25 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In a worker of pytest-xdist: tests that share a whole run or a fixture of their module stay
-    together, and come first; those that are left, one by one, keep both workers busy to the end.
-    """
-    if not hasattr(config, "workerinput"):
-        return
-    ranks: dict[pytest.Item, int] = {}
-    for item in items:
-        fixtures = item._fixtureinfo.name2fixturedefs  # type: ignore[attr-defined]
-        if "recorded" in fixtures:
-            rank, group = 0, f"whole runs of {_script(item)}"
-        elif any(made[-1].scope == "module" for made in fixtures.values()):
-            rank, group = 1, item.path.stem
-        else:
-            rank, group = 2, ""
-        ranks[item] = rank
-        if group:
-            item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=ranks.__getitem__)
+@functools.cache
+def _has_fixtures_of_its_own(file: str) -> bool:
+    return 'scope="module"' in (ROOT / file).read_text(encoding="utf-8")
 
 
-def _script(item: pytest.Item) -> str:
-    """The number of the script that a test is about, by its parameter `script` or its folder."""
-    given = item.callspec.params if hasattr(item, "callspec") else {}
-    return str(given.get("script", item.path.parent.name))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Two workers: a file with fixtures of its own, such as a server to kill, stays on one of them;
+    the tests of the other files follow one by one, and keep both busy to the end."""
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if _has_fixtures_of_its_own(file) else nodeid
+
+    return Scheduling(config, log)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -190,12 +186,20 @@ def rabbitmq_prefix(rabbitmq_url: str) -> str:
 
 @pytest.fixture(scope="session")
 def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
-    """One whole run a script and tier, made when first asked for, for all tests that read it."""
+    """One whole run a script and tier, made by the worker that first asks for it, for all tests
+    that read it."""
+    home = tmp_path_factory.getbasetemp()
+    shared = home.parent if hasattr(request.config, "workerinput") else home
 
-    @functools.cache
     def recorded(number: str, on_server: bool) -> Whole:
-        script = SCRIPTS[number]
-        url = request.getfixturevalue(script.fixture) if on_server else ""
-        return whole_run(script, tmp_path_factory.mktemp("recorded"), url)
+        script, file = SCRIPTS[number], shared / f"{number} {'online' if on_server else 'offline'}"
+        with file.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not file.exists():
+                url = request.getfixturevalue(script.fixture) if on_server else ""
+                file.write_bytes(
+                    pickle.dumps(whole_run(script, tmp_path_factory.mktemp("run"), url))
+                )
+            return cast(Whole, pickle.loads(file.read_bytes()))
 
     return recorded

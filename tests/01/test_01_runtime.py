@@ -302,7 +302,7 @@ def test_a_real_deadlock_is_retried_and_both_transactions_are_done(
     script: ModuleType, workspace: Any
 ) -> None:
     engine = workspace.create(users=2)
-    both_hold_a_lock = threading.Barrier(2)
+    both_hold_a_lock, other_is_done = threading.Barrier(2), threading.Event()
     first_users = iter((1, 2))
     attempts: list[int] = []
     retries: list[float] = []
@@ -318,7 +318,12 @@ def test_a_real_deadlock_is_retried_and_both_transactions_are_done(
                 if is_first and user == mine:
                     both_hold_a_lock.wait(THREAD_TIMEOUT_S)
 
-        script.in_transaction(engine, work, isolation_level="READ COMMITTED", sleep=retries.append)
+        def wait(seconds: float) -> None:  # else it may take the row that the other waits for
+            retries.append(seconds)
+            assert other_is_done.wait(THREAD_TIMEOUT_S)
+
+        script.in_transaction(engine, work, isolation_level="READ COMMITTED", sleep=wait)
+        other_is_done.set()
 
     script.in_threads(2, transfer_credit)
     assert sorted(Counter(attempts).values()) == [1, 2]
