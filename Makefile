@@ -54,7 +54,7 @@ clean: ## remove what make made: .venv and caches (.env and data stay)
 	@if test -e .venv/made-by-make; then rm -rf .venv; \
 	elif test -e .venv; then echo ".venv was not made by make: left alone"; fi
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	rm -rf __pycache__ tests/__pycache__ tests/0?/__pycache__ benchmarks/__pycache__
+	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20

@@ -75,7 +75,16 @@ def workspace(redis_url: str) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def online(workspace: Any, tmp_path_factory: pytest.TempPathFactory) -> Result:
+def calls_before(redis_url: str) -> Counter[str]:
+    """What Redis had been asked before any demo ran."""
+    with redis_client(redis_url) as client:
+        return calls(client)
+
+
+@pytest.fixture(scope="module")
+def online(
+    workspace: Any, calls_before: Counter[str], tmp_path_factory: pytest.TempPathFactory
+) -> Result:
     return runner(tmp_path_factory.mktemp("online"), workspace)
 
 
@@ -449,13 +458,12 @@ def calls(client: redis.Redis) -> Counter[str]:
 
 
 def test_demos_wipe_nothing_and_leave_only_what_expires(
-    workspace: Any, online: Result, client: redis.Redis
+    workspace: Any, calls_before: Counter[str], online: Result, client: redis.Redis
 ) -> None:
     """As it is where the script is killed, and does not come to clean up."""
-    before = calls(client)
     for demo in app.DEMOS:
         online(demo.__name__.removeprefix("demo_"))
-    sent = calls(client) - before
+    sent = calls(client) - calls_before
     assert [name for name in sent if name.startswith(("keys", "flush"))] == []
     left = list(client.scan_iter(match=f"{workspace.prefix}*", count=1000))
     assert len(left) > 1_000
