@@ -205,7 +205,7 @@ class Server:
         """Where the program may be, best first: path and origin."""
         if os.environ.get("SERVERS_IGNORE_INSTALLED") != "1":
             if found := shutil.which(cls.program):
-                yield Path(found).resolve(), "PATH"
+                yield Path(found).absolute(), "PATH"
             for path in _newest_first(DEBIAN.glob(cls.debian)):
                 yield path, str(DEBIAN)
         wheel, package, pattern = cls.wheel
@@ -444,7 +444,7 @@ class Postgres(Server):
     stop_signal = signal.SIGINT  # "fast": SIGTERM would wait for the clients to go
 
     def _prepare(self) -> None:
-        self._bin = self.installation.binary.parent
+        self._bin = self.installation.binary.resolve().parent
         if os.geteuid() == 0:
             self._user = {"user": UNPRIVILEGED, "group": NO_GROUP, "extra_groups": []}
             shutil.chown(self.home, UNPRIVILEGED)
@@ -588,7 +588,7 @@ class RabbitMQ(Server):
     def _version_text(cls, program: Path) -> str:
         """Its path: the script has no such option. It rules out Debian's wrapper on PATH, which
         insists on its own user, log and directories."""
-        return str(program)
+        return str(program.resolve())
 
     def _prepare(self) -> None:
         if self._process is None:
