@@ -2125,24 +2125,31 @@ DEMOS = (
 )
 
 
+# libpq says one line for each host, and a second one behind a tab. Any other line is an answer.
+ABSENT = r"failed: (timeout expired|Connection refused|No such file)|could not translate host name"
+
+
 def server_version(url: str, timeout_s: float) -> str:
     """The version of the PostgreSQL at `url`.
 
     Raises ServiceUnavailable where nothing answers, ConfigError where it refuses.
     """
-    if sa.make_url(url).host:  # else a Unix socket, which answers at once
-        config.require_reachable("PostgreSQL", url, 5432, timeout_s)
+    config.require_reachable("PostgreSQL", url, timeout_s)
     engine = postgres_engine(url, "public", timeout_s, poolclass=sa.NullPool)
-    started = time.monotonic()
     try:
         with engine.connect() as connection:
-            return str(connection.scalar(sa.text("SHOW server_version"))).split()[0]
+            version = str(connection.scalar(sa.text("SHOW server_version"))).split()[0]
+            standby = connection.scalar(sa.text("SELECT pg_is_in_recovery()"))
     except DBAPIError as error:
-        if time.monotonic() - started >= math.ceil(timeout_s):  # what libpq was given
-            raise config.ServiceUnavailable(
-                "PostgreSQL", "it accepts, and says nothing", url
-            ) from error
-        raise refused(url, error) from error
+        lines = [line for line in str(error.orig).strip().split("\n") if line[:1] != "\t"]
+        if not all(re.search(ABSENT, line) for line in lines):
+            raise refused(url, error) from error
+        silent = any("timeout expired" in line for line in lines)
+        reason = "it accepts, and says nothing" if silent else lines[0]
+        raise config.ServiceUnavailable("PostgreSQL", reason, url) from error
+    if standby:
+        raise config.ConfigError(f"DATABASE_URL: {config.redact(url)} is a read-only standby")
+    return version
 
 
 def refused(url: str, error: DBAPIError) -> config.ConfigError:

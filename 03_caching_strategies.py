@@ -4150,10 +4150,10 @@ def server_name(about: Mapping[str, Any]) -> str:
 def open_redis(url: str, timeout_s: float) -> Workspace:
     """Raises ServiceUnavailable where nobody answers, ConfigError where we are refused."""
     shown = config.redact(url)
-    if not url.startswith("unix:"):
-        if not re.fullmatch(r"/?\d*", urlsplit(url).path):  # redis-py would take database 0
-            raise config.ConfigError(f"REDIS_URL: {shown}: a database is a number")
-        config.require_reachable("Redis", url, 6379, timeout_s)
+    is_socket = url.startswith("unix:")
+    if not is_socket and not re.fullmatch(r"/?\d*", urlsplit(url).path):  # redis-py would take 0
+        raise config.ConfigError(f"REDIS_URL: {shown}: a database is a number")
+    config.require_reachable("Redis", url, timeout_s)
     try:
         probe = connect(url, timeout_s)
     except ValueError as error:

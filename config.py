@@ -10,29 +10,31 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import io
 import json
 import logging
 import os
 import re
 import signal
-import socket
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import Progress
 
+import urls
+
 logger = logging.getLogger(__name__)
 
-TRACEBACK_HINT = "(LOG_LEVEL=DEBUG shows the traceback)"
+TRACEBACK_HINT = "\n(LOG_LEVEL=DEBUG shows the traceback)"
 WIDTH = 88  # columns: fits a split editor and a projector
 SCHEMES = {  # variable → the URL schemes that this module's drivers speak
     "DATABASE_URL": ("postgresql+psycopg2",),
@@ -78,9 +80,9 @@ def load_settings(
 
     Raises ConfigError, which names the variable and never shows its secret.
     """
-    file = dotenv_values(dotenv_path) if dotenv_path else {}
+    file = _read_dotenv(dotenv_path) if dotenv_path else {}
     values = {**file, **(os.environ if environ is None else environ)}
-    urls = {name.lower(): _checked_url(name, values.get(name)) for name in SCHEMES}
+    checked = {name.lower(): _checked_url(name, values.get(name)) for name in SCHEMES}
     level = (values.get("LOG_LEVEL") or Settings.log_level).upper()
     if level not in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
         raise ConfigError(f"LOG_LEVEL: {level!r} is none of DEBUG INFO WARNING ERROR CRITICAL")
@@ -91,67 +93,54 @@ def load_settings(
     if not re.fullmatch(r"\d+(\.\d+)?", timeout) or not 0 < float(timeout) <= 60:
         raise ConfigError(f"CONNECT_TIMEOUT_S: {timeout!r} is no number of seconds up to 60")
     return Settings(
-        **urls, log_level=level, log_format=log_format, connect_timeout_s=float(timeout)
+        **checked, log_level=level, log_format=log_format, connect_timeout_s=float(timeout)
     )
+
+
+def _read_dotenv(path: str) -> dict[str, str | None]:
+    try:
+        text = Path(path).read_text("utf-8-sig", "replace")  # Windows may put a mark first
+    except FileNotFoundError:
+        return {}
+    for binding in parse_stream(io.StringIO(text)):
+        is_utf8 = "\ufffd" not in binding.original.string  # what "replace" puts
+        if binding.error or not is_utf8:
+            problem = "not NAME=value; is a quote left open?" if is_utf8 else "not UTF-8"
+            raise ConfigError(f"{path}, line {binding.original.line}: {problem}")
+    return dotenv_values(stream=io.StringIO(text))
 
 
 def _checked_url(variable: str, url: str | None) -> str | None:
-    if not url:
-        return None
-    # SQLAlchemy 2.1 would read both short forms as psycopg 3, which is not installed.
-    url = re.sub(r"^postgres(ql)?://", "postgresql+psycopg2://", url)
     try:
-        parts = urlsplit(url)
-        if variable != "MONGODB_URI":  # which may list several host:port
-            _ = parts.port  # raises ValueError where it is no port number
-        if url.count("@") > 1:  # libraries disagree on which of them ends the password
-            raise ValueError
-    except ValueError:  # its text, and a URL that cannot be parsed, may hold the password
-        hint = "is a special character in its password not percent-encoded?"
-        raise ConfigError(f"{variable}: malformed URL; {hint}") from None
-    if parts.scheme not in SCHEMES[variable] or url == f"{parts.scheme}://":
-        expected = " or ".join(f"{scheme}://…" for scheme in SCHEMES[variable])
-        raise ConfigError(f"{variable}: expected {expected}")
-    return url
+        return urls.checked(url, SCHEMES[variable]) if url else None
+    except ValueError as error:
+        raise ConfigError(f"{variable}: {error}") from None
 
 
 def redact(text: str) -> str:
-    """`text` with the password of its URL replaced by `***`, also in a malformed one.
+    """`text` with the secrets of its URLs replaced by `***`, also of malformed ones.
 
-    Masks up to the last `@`, because a password that should have been percent-encoded may hold
-    `@`, `/` or `?`: rather too much than part of a secret.
+    A URL ends at white space, and its password at the last `@`: one that should have been
+    percent-encoded may hold `@`, `/` or `?`. Rather too much than part of a secret.
     """
+    text = re.sub(r"(?is)(ssl_options=)((\{|%7B).*(\}|%7D)|[^&\s]*)", r"\1***", text)
     text = re.sub(
         r"(?i)((?:password|passwd|pwd)=|session_token:)(?:[^&\s]*(@))?[^&\s]*", r"\1***\2", text
     )
-    return re.sub(r"(?s)(?<=//)([^:]*):.*@", r"\1:***@", text)
+    text = re.sub(r"((?:rediss?|unix)://)[^:\s]*@", r"\1***@", text)  # its colon was forgotten
+    return re.sub(r"(?<=//)([^:\s]*):\S*@", r"\1:***@", text)
 
 
-def require_reachable(service: str, url: str, default_port: int, timeout_s: float) -> None:
-    """Raise ServiceUnavailable unless something accepts TCP at `url` within `timeout_s`."""
-    parts = urlsplit(url)
-    address = (parts.hostname or "localhost", parts.port or default_port)
-    errors: list[OSError] = [TimeoutError(f"no answer within {timeout_s:g} s")]
-
-    def attempt() -> None:
-        try:
-            socket.create_connection(address, timeout_s).close()
-            errors.clear()
-        except UnicodeError as error:  # of a host name that DNS cannot express
-            errors[:] = [OSError(str(error))]
-        except OSError as error:
-            errors[:] = [error]
-
-    # In a thread, because resolving a host name knows no timeout.
-    thread = threading.Thread(target=attempt, daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    for error in errors:
-        raise ServiceUnavailable(service, error.strerror or str(error), url) from error
+def require_reachable(service: str, url: str, timeout_s: float) -> None:
+    """Raise ServiceUnavailable unless a server of `url` accepts a connection in `timeout_s`."""
+    if reason := urls.unreachable(url, timeout_s):
+        raise ServiceUnavailable(service, reason, url)
 
 
 # ── Logging ─────────────────────────────────────────────────────────────────────────
 
+# At DEBUG they write each command in clear, and ten times what the scripts say.
+DRIVERS = ("asyncio", "motor", "pika", "psycopg2", "pymongo", "redis", "urllib3")
 _STANDARD_FIELDS = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
 
 
@@ -180,6 +169,16 @@ def configure_logging(settings: Settings) -> None:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
+    for driver in DRIVERS:
+        logging.getLogger(driver).setLevel(max(logging.INFO, logging.getLogger().level))
+
+
+def _last_words(text: str) -> None:
+    """On stderr, as JSON where the log is."""
+    if isinstance(logging.getLogger().handlers[0].formatter, JsonFormatter):
+        logger.critical("%s", text)
+    else:
+        print(text, file=sys.stderr)
 
 
 # ── Output ──────────────────────────────────────────────────────────────────────────
@@ -282,6 +281,8 @@ def run_script(
     console.quiet = args.json
     # SIGTERM cleans up as Ctrl-C does.
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # For what is wrong in the settings; only load_settings reads .env.
+    configure_logging(Settings(log_format=os.environ.get("LOG_FORMAT", "").lower()))
     try:
         settings = load_settings()
         configure_logging(settings)
@@ -292,14 +293,14 @@ def run_script(
             results = {name: _run_demo(demo, resources) for name, demo in chosen.items()}
         elapsed_s = time.perf_counter() - started
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _last_words(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _last_words("interrupted")
         return 130
     except Exception as error:  # of open_resources: a server that dies while data are loaded
         logger.debug("resources failed", exc_info=True)
-        print(f"error: {_reason(error)}\n{TRACEBACK_HINT}", file=sys.stderr)
+        _last_words(f"error: {_reason(error)}{_traceback_hint()}")
         return 1
     finally:
         console.quiet = False
@@ -353,12 +354,17 @@ def _run_demo(demo: Callable[..., object], resources: Mapping[str, object]) -> d
         return {"result": demo(**wanted)}
     except Exception as error:  # one failing demo must not take the others with it
         logger.debug("%s failed", demo.__name__, exc_info=True)
-        console.print(f"failed: {_reason(error)}\n{TRACEBACK_HINT}")
+        console.print(f"failed: {_reason(error)}{_traceback_hint()}")
         return {"error": _reason(error)}
 
 
 def _reason(error: Exception) -> str:
     return redact(f"{type(error).__name__}: {error}")
+
+
+def _traceback_hint() -> str:
+    """Empty where the traceback was logged."""
+    return "" if logger.isEnabledFor(logging.DEBUG) else TRACEBACK_HINT
 
 
 def _jsonable(value: object) -> object:
