@@ -2135,7 +2135,8 @@ def server_version(url: str, timeout_s: float) -> str:
     Raises ServiceUnavailable where nothing answers, ConfigError where it refuses.
     """
     config.require_reachable("PostgreSQL", url, timeout_s)
-    engine = postgres_engine(url, "public", timeout_s, poolclass=sa.NullPool)
+    # A login takes up to six round trips: a refusal that comes late must not count as silence.
+    engine = postgres_engine(url, "public", 3 * timeout_s, poolclass=sa.NullPool)
     try:
         with engine.connect() as connection:
             version = str(connection.scalar(sa.text("SHOW server_version"))).split()[0]

@@ -88,7 +88,6 @@ from pymongo.monitoring import (
 from pymongo.read_concern import ReadConcern
 from pymongo.server_api import ServerApi
 from pymongo.topology_description import TopologyDescription
-from pymongo.uri_parser import parse_uri
 from pymongo.write_concern import WriteConcern
 
 import config
@@ -498,23 +497,19 @@ def _refusal(
     topology = client.topology_description
     errors = [server.error for server in topology.server_descriptions().values()]
     words = in_words(topology)
-    seeds = parse_uri(uri, connect_timeout=timeout_s)["nodelist"]
+    absent = config.ServiceUnavailable("MongoDB", words, uri)
     silent = any(isinstance(e, NetworkTimeout) for e in errors)
     leaderless = any(e is None for e in errors)  # a member answers, but the set has no primary
-    if silent or leaderless or not any(_accepts(host, port, timeout_s) for host, port in seeds):
-        return config.ServiceUnavailable("MongoDB", words, uri)
+    if silent or leaderless:
+        return absent
+    try:
+        config.require_reachable("MongoDB", uri, timeout_s)
+    except config.ServiceUnavailable:
+        return absent
     return config.ConfigError(
         f"MONGODB_URI: {shown} accepts connections and refuses this client: {words}. "
         "Do tls and replicaSet in the URI fit the server, and is this address on Atlas's list?"
     )
-
-
-def _accepts(host: str, port: int | None, timeout_s: float) -> bool:
-    try:
-        config.require_reachable("MongoDB", f"mongodb://{host}:{port or 27017}", 27017, timeout_s)
-    except config.ServiceUnavailable:
-        return False
-    return True
 
 
 def in_words(topology: TopologyDescription) -> str:

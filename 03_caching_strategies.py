@@ -4167,16 +4167,11 @@ def open_redis(url: str, timeout_s: float) -> Workspace:
         probe.unlink(key)
     except (redis.exceptions.BusyLoadingError, RedisTimeout) as error:
         if url.startswith("rediss:"):  # it took our connection, but not our TLS
-            raise config.ConfigError(f"REDIS_URL: {shown}: no answer in TLS: {error}") from error
+            reason = f"no answer in TLS, which this Redis seems to lack: {error}"
+            raise config.ConfigError(f"REDIS_URL: {shown}: {reason}") from error
         raise config.ServiceUnavailable("Redis", str(error).rstrip("."), url) from error
     except AuthenticationError as error:
         raise config.ConfigError(f"REDIS_URL: {shown} refuses the login: {error}") from error
-    except RedisConnectionError as error:
-        if isinstance(
-            error.__cause__ or error.__context__, FileNotFoundError | ConnectionRefusedError
-        ):
-            raise config.ServiceUnavailable("Redis", str(error).rstrip("."), url) from error
-        raise config.ConfigError(f"REDIS_URL: {shown}: {error}") from error
     except redis.RedisError as error:
         raise config.ConfigError(f"REDIS_URL: {shown} refuses us: {error}") from error
     except TypeError as error:  # of an option in the URL that no connection knows

@@ -300,7 +300,8 @@ def run_script(
         return 130
     except Exception as error:  # of open_resources: a server that dies while data are loaded
         logger.debug("resources failed", exc_info=True)
-        _last_words(f"error: {_reason(error)}{_traceback_hint()}")
+        hint = "" if logger.isEnabledFor(logging.DEBUG) else TRACEBACK_HINT
+        _last_words(f"error: {_reason(error)}{hint}")
         return 1
     finally:
         console.quiet = False
@@ -354,17 +355,13 @@ def _run_demo(demo: Callable[..., object], resources: Mapping[str, object]) -> d
         return {"result": demo(**wanted)}
     except Exception as error:  # one failing demo must not take the others with it
         logger.debug("%s failed", demo.__name__, exc_info=True)
-        console.print(f"failed: {_reason(error)}{_traceback_hint()}")
+        hint = "" if logger.isEnabledFor(logging.DEBUG) else TRACEBACK_HINT
+        console.print(f"failed: {_reason(error)}{hint}")
         return {"error": _reason(error)}
 
 
 def _reason(error: Exception) -> str:
     return redact(f"{type(error).__name__}: {error}")
-
-
-def _traceback_hint() -> str:
-    """Empty where the traceback was logged."""
-    return "" if logger.isEnabledFor(logging.DEBUG) else TRACEBACK_HINT
 
 
 def _jsonable(value: object) -> object:

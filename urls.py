@@ -41,10 +41,10 @@ def checked(url: str, schemes: Sequence[str]) -> str:
         if path != "system" and not os.access(path, os.R_OK):  # of libpq: no file
             raise ValueError(f"cannot read {path}, a file that the URL names")
     # libpq's form of a Unix socket, which SQLAlchemy would take for a host name.
-    socket_form = re.fullmatch(r"(.*(?://|@))(%2F[^:/]*)([^?]*)(\?.*)?", url, re.IGNORECASE)
+    socket_form = re.fullmatch(r"(.*(?://|@))(%2F[^:/?]*)([^?]*)\??(.*)", url, re.IGNORECASE)
     if socket_form and scheme.startswith("postgresql"):
         before, directory, after, options = socket_form.groups()
-        url = f"{before}{after}{options or '?'}&host={directory}"
+        url = f"{before}{after}?host={directory}&{options}".rstrip("&")
     try:
         for host, port in [] if scheme == "mongodb+srv" else addresses(url):  # srv: hosts from DNS
             if re.search(r"[,\[\]]", host) or (port is not None and not 0 < port < 65536):
