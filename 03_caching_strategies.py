@@ -86,7 +86,6 @@ import redis.asyncio
 from redis.backoff import NoBackoff
 from redis.cache import CacheConfig
 from redis.exceptions import AuthenticationError, NoScriptError, ResponseError
-from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeout
 from redis.retry import Retry
 

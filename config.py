@@ -106,7 +106,8 @@ def _read_dotenv(path: str) -> dict[str, str | None]:
         is_utf8 = "\ufffd" not in binding.original.string  # what "replace" puts
         if binding.error or not is_utf8:
             problem = "not NAME=value; is a quote left open?" if is_utf8 else "not UTF-8"
-            raise ConfigError(f"{path}, line {binding.original.line}: {problem}")
+            line = binding.original.line + binding.original.string.rstrip().count("\n")
+            raise ConfigError(f"{path}, line {line}: {problem}")
     return dotenv_values(stream=io.StringIO(text))
 
 
@@ -281,8 +282,7 @@ def run_script(
     console.quiet = args.json
     # SIGTERM cleans up as Ctrl-C does.
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # For what is wrong in the settings; only load_settings reads .env.
-    configure_logging(Settings(log_format=os.environ.get("LOG_FORMAT", "").lower()))
+    configure_logging(Settings(log_format=os.environ.get("LOG_FORMAT", "").lower()))  # until .env
     try:
         settings = load_settings()
         configure_logging(settings)

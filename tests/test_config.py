@@ -5,6 +5,7 @@ No server is needed, and no setting of the developer's is read: each test gives 
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -32,6 +33,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import config
+import urls
 from config import ConfigError, Run, ServiceUnavailable, Settings, load_settings, redact
 
 ROOT = Path(__file__).parent.parent
@@ -111,6 +113,33 @@ def test_the_example_file_configures_every_service() -> None:
         assert "$" not in url
 
 
+BAD_FILES = {
+    "an open quote": (b"A=1\nREDIS_URL='redis://h/0\nB=2\n", 2, "is a quote left open?"),
+    "no =": (b"A=1\n\nthis is no setting\n", 3, "not NAME=value"),
+    "Latin-1": ("A=1\n# für Redis\nREDIS_URL=redis://h/0\n".encode("latin-1"), 2, "not UTF-8"),
+    "UTF-16": ("REDIS_URL=redis://h/0\n".encode("utf-16"), 1, "not UTF-8"),
+}
+
+
+@pytest.mark.parametrize(("content", "line", "problem"), BAD_FILES.values(), ids=BAD_FILES.keys())
+def test_a_dotenv_file_that_cannot_be_read_is_refused_by_line(
+    content: bytes, line: int, problem: str
+) -> None:
+    Path("settings.env").write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_settings({}, "settings.env")
+    assert str(caught.value).startswith(f"settings.env, line {line}: ")
+    assert problem in str(caught.value)
+    assert "redis:" not in str(caught.value)
+
+
+def test_a_dotenv_file_of_windows_and_of_several_lines_is_read() -> None:
+    text = "\ufeffREDIS_URL=redis://h/0\r\n# ü\r\nOTHER='one\r\ntwo'\r\nLOG_LEVEL=INFO\r\n"
+    Path("settings.env").write_text(text, encoding="utf-8", newline="")
+    settings = load_settings({}, "settings.env")
+    assert (settings.redis_url, settings.log_level) == ("redis://h/0", "INFO")
+
+
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+psycopg2"])
 def test_each_form_of_a_postgresql_url_names_the_driver(scheme: str) -> None:
     settings = load_settings({"DATABASE_URL": f"{scheme}://u:p@h/postgres://"}, None)
@@ -158,7 +187,9 @@ MARKS = ("S3CR3T-A", "S3CR3T-B", "S3CR3T-C")  # a leak of any part of a secret s
 special = st.text(st.sampled_from("@/?#%:&=+[]\\'\" \t\n\r$*üλ💥"), max_size=4)
 junk = special | st.text(max_size=4)
 secrets_raw = st.builds(lambda x, y: f"{MARKS[0]}{x}{MARKS[1]}{y}{MARKS[2]}", junk, junk)
-users = st.sampled_from(["", "app", "app user", "app@tenant", "a/b", "ünï"])
+# load_settings refuses white space in a URL; in a message, it is where a URL ends.
+unspaced = secrets_raw.filter(lambda secret: not re.search(r"\s", secret))
+users = st.sampled_from(["", "app", "app%20user", "app@tenant", "a/b", "ünï"])
 query_names = st.sampled_from(["password", "sslpassword", "tlsCertificateKeyFilePassword", "PWD"])
 
 
@@ -178,16 +209,51 @@ def test_redact_changes_nothing_but_the_password_of_a_well_formed_url(
 
 @pytest.mark.parametrize(
     "url",
-    ["redis://h:6379/0", "mongodb://h1:27017,h2:27017/?replicaSet=rs0", "postgresql://u@h/db?a=b"],
+    [
+        "redis://h:6379/0",
+        "mongodb://h1:27017,h2:27017/?replicaSet=rs0",
+        "postgresql://u@h/db?a=b",
+        "unix:///run/redis.sock?db=1",
+        "postgresql://h:5432/db: refused by admin@example.org",
+        "write to admin@example.org",
+    ],
 )
-def test_redact_leaves_a_url_without_a_password_as_it_is(url: str) -> None:
+def test_redact_leaves_what_holds_no_password_as_it_is(url: str) -> None:
     assert redact(url) == url
 
 
+def test_redact_leaves_what_follows_the_url_as_it_is() -> None:
+    text = "amqp://u:p@h:5672/ was refused by admin@example.org (ask ops@example.org)"
+    assert redact(text) == text.replace("u:p@", "u:***@")
+
+
 @property_test
-@given(users, secrets_raw)
+@given(st.sampled_from(["redis", "rediss", "unix"]), unspaced)
+def test_redact_masks_a_password_whose_colon_was_forgotten(scheme: str, secret: str) -> None:
+    encoded = quote(secret, safe="")
+    assert redact(f"{scheme}://{encoded}@h:6379/0 refuses") == f"{scheme}://***@h:6379/0 refuses"
+    raw = secret.replace(":", "")  # else it has a user
+    assert not leaks(redact(f"{scheme}://{raw}@h:6379/0"))
+
+
+@property_test
+@given(unspaced, st.sampled_from(["'", '"']), st.booleans(), st.sampled_from(["", "+", "%20", " "]))
+def test_redact_masks_the_password_in_ssl_options(
+    secret: str, mark: str, is_encoded: bool, space: str
+) -> None:
+    if is_encoded:
+        options = quote(f"{{{mark}password{mark}:{space}{mark}{secret}{mark}}}", safe="")
+    else:
+        options = f"{{{mark}certfile{mark}:{space}{mark}c{mark}, {mark}password{mark}:{space}"
+        options += f"{mark}{secret}{mark}}}"
+    text = redact(f"amqps://u:p@h/%2F?heartbeat=5&ssl_options={options}&x=1 refuses")
+    assert text == "amqps://u:***@h/%2F?heartbeat=5&ssl_options=***&x=1 refuses"
+
+
+@property_test
+@given(users, unspaced)
 @example("app", "S3CR3T-A@S3CR3T-B/?#%:S3CR3T-C")
-@example("app", "S3CR3T-A\nS3CR3T-B&pwd=S3CR3T-C")
+@example("app", "S3CR3T-A&pwd=S3CR3T-B@S3CR3T-C")
 def test_redact_masks_a_password_that_should_have_been_encoded(user: str, secret: str) -> None:
     text = redact(f"cannot connect to postgresql://{user}:{secret}@h:5432/db?x=y: refused")
     assert not leaks(text)
@@ -240,7 +306,7 @@ def test_no_config_error_shows_any_part_of_a_secret(
 
 
 @property_test
-@given(users, secrets_raw)
+@given(users, unspaced)
 def test_service_unavailable_masks_the_secret(user: str, secret: str) -> None:
     assert not leaks(str(ServiceUnavailable("Redis", "refused", f"redis://{user}:{secret}@h/0")))
 
@@ -262,10 +328,22 @@ def listener() -> Iterator[socket.socket]:
         yield server
 
 
+@pytest.fixture
+def free_port() -> Iterator[int]:
+    with socket.socket() as bound:  # and not listening: no other process can take the port
+        bound.bind(("127.0.0.1", 0))
+        yield port_of(bound)
+
+
+def port_of(bound: socket.socket) -> int:
+    port: int = bound.getsockname()[1]
+    return port
+
+
 def unreachable_reason(url: str, timeout_s: float) -> str:
     """What `require_reachable` says, without the parts that the test above asserts."""
     with pytest.raises(ServiceUnavailable) as caught:
-        config.require_reachable("Redis", url, 6379, timeout_s)
+        config.require_reachable("Redis", url, timeout_s)
     found = re.fullmatch(
         r"Redis at (.+) is unavailable: (.+)\.\nTo start one: .+", str(caught.value)
     )
@@ -274,19 +352,49 @@ def unreachable_reason(url: str, timeout_s: float) -> str:
     return found[2]
 
 
-@pytest.mark.parametrize("port_in_url", [True, False])
-def test_a_listening_port_is_reachable(listener: socket.socket, port_in_url: bool) -> None:
-    port: int = listener.getsockname()[1]
-    netloc, default = (f"127.0.0.1:{port}", 1) if port_in_url else ("127.0.0.1", port)
-    config.require_reachable("Redis", f"redis://{netloc}/0", default, DEADLINE_S)
+def test_a_listening_port_is_reachable(listener: socket.socket) -> None:
+    config.require_reachable("Redis", f"redis://127.0.0.1:{port_of(listener)}/0", DEADLINE_S)
 
 
-def test_a_refused_port_is_said_at_once() -> None:
-    with socket.socket() as bound:  # and not listening: no other process can take the port
-        bound.bind(("127.0.0.1", 0))
-        url = f"redis://127.0.0.1:{bound.getsockname()[1]}/0"
-        # Had it waited for the timeout, that would be the reason.
+def test_one_listening_host_of_several_is_enough(listener: socket.socket, free_port: int) -> None:
+    hosts = f"127.0.0.1:{free_port},127.0.0.1:{port_of(listener)}"
+    config.require_reachable("MongoDB", f"mongodb://{hosts}/", DEADLINE_S)
+
+
+def test_several_hosts_that_all_refuse_are_said_once(free_port: int) -> None:
+    url = f"mongodb://127.0.0.1:{free_port},127.0.0.1:{free_port}/"
+    assert unreachable_reason(url, DEADLINE_S) == "Connection refused"
+
+
+def test_a_unix_socket_is_probed_as_one(tmp_path: Path) -> None:
+    url = f"unix://{tmp_path}/socket?db=0"
+    assert unreachable_reason(url, DEADLINE_S) == "No such file or directory"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(f"{tmp_path}/socket")
         assert unreachable_reason(url, DEADLINE_S) == "Connection refused"
+        server.listen()
+        config.require_reachable("Redis", url, DEADLINE_S)
+
+
+def test_a_socket_that_is_not_for_us_is_left_to_the_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(*_: object) -> None:  # no mode keeps root out
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(urls, "_connect", connect)
+    config.require_reachable("Redis", f"unix://{tmp_path}/socket", DEADLINE_S)
+
+
+def test_without_a_host_libpq_decides() -> None:
+    config.require_reachable("PostgreSQL", "postgresql+psycopg2:///app", DEADLINE_S)
+
+
+def test_a_refused_port_is_said_at_once(free_port: int) -> None:
+    # Had it waited for the timeout, that would be the reason.
+    assert (
+        unreachable_reason(f"redis://127.0.0.1:{free_port}/0", DEADLINE_S) == "Connection refused"
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse where the queue is full")
@@ -405,6 +513,26 @@ def test_configuring_twice_logs_once(capsys: pytest.CaptureFixture[str]) -> None
         config.configure_logging(Settings(log_format=log_format))
     logging.getLogger("shop").warning("once")
     assert capsys.readouterr().err.count("once") == 1
+
+
+@pytest.mark.parametrize("driver", ["pymongo.command", "pika.connection", "asyncio", "urllib3"])
+def test_drivers_keep_what_they_debug_to_themselves(
+    driver: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.configure_logging(Settings(log_format="json", log_level="DEBUG"))
+    logging.getLogger(driver).debug("the command in clear")
+    logging.getLogger(driver).info("connected")
+    logging.getLogger("shop").debug("ours")
+    assert [line["message"] for line in json_lines(capsys.readouterr().err)] == [
+        "connected",
+        "ours",
+    ]
+
+
+def test_drivers_are_no_louder_than_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    config.configure_logging(Settings(log_level="ERROR"))
+    logging.getLogger("pymongo.command").warning("slow")
+    assert capsys.readouterr().err == ""
 
 
 # ── Output ──────────────────────────────────────────────────────────────────────────
@@ -529,7 +657,7 @@ class Script:
         self.demos = demos
         self.log: list[str] = []
         self.run: Run | None = None
-        self.fail_on_open: Exception | None = None
+        self.fail_on_open: BaseException | None = None
 
     @contextmanager
     def open_resources(self, run: Run) -> Iterator[Mapping[str, object]]:
@@ -715,6 +843,61 @@ def test_resources_that_fail_to_open_exit_with_1_and_the_reason_masked(
     assert captured.err.startswith("error: OSError: redis://:***@h/0 went away\n")
     assert "hunter2" not in captured.err
     assert script.log == ["open", "closed"]
+
+
+def test_the_hint_at_the_traceback_is_given_where_it_is_true(
+    failing: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hint = "(LOG_LEVEL=DEBUG shows the traceback)"
+    for level, is_hinted in (("WARNING", True), ("DEBUG", False)):
+        monkeypatch.setenv("LOG_LEVEL", level)
+        failing.fail_on_open = None
+        assert failing.main() == 1
+        captured = capsys.readouterr()
+        assert (hint in captured.out) is is_hinted
+        assert ("Traceback" in captured.err) is not is_hinted
+        failing.fail_on_open = OSError("gone")
+        assert failing.main() == 1
+        captured = capsys.readouterr()
+        assert (hint in captured.err) is is_hinted
+        assert ("Traceback" in captured.err) is not is_hinted
+
+
+ENDS = {
+    "a setting": ({"REDIS_URL": "redis://:hunter2@h:port/0"}, None, "error: REDIS_URL: malformed"),
+    "a refusal": ({}, ConfigError("REDIS_URL: wrong password"), "error: REDIS_URL: wrong password"),
+    "a failure": ({}, OSError("gone"), "error: OSError: gone\n(LOG_LEVEL=DEBUG"),
+    "Ctrl-C": ({}, KeyboardInterrupt(), "interrupted"),
+}
+
+
+@pytest.mark.parametrize(("environ", "failure", "said"), ENDS.values(), ids=ENDS.keys())
+@pytest.mark.parametrize("level", ["CRITICAL", "INFO"])
+def test_with_json_logs_the_last_words_are_json_too(
+    script: Script,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    environ: dict[str, str],
+    failure: BaseException | None,
+    said: str,
+    level: str,
+) -> None:
+    for name, value in {**environ, "LOG_FORMAT": "JSON", "LOG_LEVEL": level}.items():
+        monkeypatch.setenv(name, value)
+    script.fail_on_open = failure
+    assert script.main() in (1, 2, 130)
+    (entry,) = json_lines(capsys.readouterr().err)
+    assert entry["message"].startswith(said)
+
+
+def test_json_logs_may_be_asked_for_in_dotenv(
+    script: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(".env").write_text("LOG_FORMAT=json\n")
+    script.fail_on_open = ConfigError("REDIS_URL: wrong password")
+    assert script.main() == 2
+    (entry,) = json_lines(capsys.readouterr().err)
+    assert entry["message"] == "error: REDIS_URL: wrong password"
 
 
 def test_run_url_gives_the_url_or_says_why_there_is_none() -> None:
