@@ -114,7 +114,7 @@ def _libpq_addresses(url: str) -> list[Address]:
     parsed = make_url(url)
     _, options = parsed.get_dialect()().create_connect_args(parsed)
     hosts = str(options.get("hostaddr") or options.get("host") or "").split(",")
-    ports = str(options.get("port") or os.environ.get("PGPORT") or 5432).split(",")
+    ports = str(options.get("port", os.environ.get("PGPORT", "5432"))).split(",")
     if len(ports) == 1:
         ports *= len(hosts)
     return [
