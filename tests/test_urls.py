@@ -45,7 +45,6 @@ REFUSED: dict[str, dict[str, str]] = {
         "postgresql://app:12345@h/db\n": ENCODE,
         "postgresql://app:12345@127.0.0.1:/app": PORT,
         "postgresql://app:12345@h:99999/app": PORT,
-        "postgresql://app:12345@h:0/app": PORT,
         "postgresql://app:12345@h:-1/app": PORT,
         "postgresql://app:12345@h:port/app": PORT,
         "postgresql://app:12345@::1/app": BRACKETS,
