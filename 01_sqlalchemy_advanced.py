@@ -33,6 +33,7 @@ import hmac
 import io
 import logging
 import math
+import os
 import random
 import re
 import secrets
@@ -63,7 +64,13 @@ from alembic.script import Script
 from alembic.script.revision import RevisionMap
 from sqlalchemy import orm
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    IntegrityError,
+    InvalidRequestError,
+    OperationalError,
+)
 from sqlalchemy.ext.associationproxy import AssociationProxy, association_proxy
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.ext.hybrid import hybrid_property
@@ -2125,6 +2132,24 @@ DEMOS = (
 )
 
 
+def libpq_addresses(url: str) -> config.Addresses:
+    """Where libpq looks for the server of `url`; none where it decides by itself: without a host it
+    takes PGHOST or its default socket. Raises ConfigError where SQLAlchemy misreads `url`."""
+    try:
+        parsed = sa.make_url(url)
+        _, options = parsed.get_dialect()().create_connect_args(parsed)
+        hosts = str(options.get("hostaddr") or options.get("host") or "").split(",")
+        ports = str(options.get("port", os.environ.get("PGPORT", ""))).split(",")
+        numbers = [int(port or 5432) for port in ports] * (len(hosts) if len(ports) == 1 else 1)
+        pairs = [pair for pair in zip(hosts, numbers, strict=True) if pair[0]]
+        if "[" in hosts:  # of an IPv6 address in a list, which SQLAlchemy cuts at its first colon
+            raise ValueError
+    except (ValueError, ArgumentError, TypeError):  # their words may quote the password
+        problem = "malformed URL; is an option after the ? wrong?"
+        raise config.ConfigError(f"DATABASE_URL: {problem}") from None
+    return [(f"{h}/.s.PGSQL.{port}", None) if h[0] == "/" else (h, port) for h, port in pairs]
+
+
 # libpq says one line for each host, and a second one behind a tab. Any other line is an answer.
 ABSENT = r"failed: (timeout expired|Connection refused|No such file)|could not translate host name"
 
@@ -2134,7 +2159,7 @@ def server_version(url: str, timeout_s: float) -> str:
 
     Raises ServiceUnavailable where nothing answers, ConfigError where it refuses.
     """
-    config.require_reachable("PostgreSQL", url, timeout_s)
+    config.require_reachable("PostgreSQL", url, libpq_addresses(url), timeout_s)
     # A login takes up to six round trips: a refusal that comes late must not count as silence.
     engine = postgres_engine(url, "public", 3 * timeout_s, poolclass=sa.NullPool)
     try:

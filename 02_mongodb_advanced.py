@@ -88,6 +88,7 @@ from pymongo.monitoring import (
 from pymongo.read_concern import ReadConcern
 from pymongo.server_api import ServerApi
 from pymongo.topology_description import TopologyDescription
+from pymongo.uri_parser import parse_uri
 from pymongo.write_concern import WriteConcern
 
 import config
@@ -502,8 +503,9 @@ def _refusal(
     leaderless = any(e is None for e in errors)  # a member answers, but the set has no primary
     if silent or leaderless:
         return absent
+    seeds = parse_uri(uri, connect_timeout=timeout_s)["nodelist"]
     try:
-        config.require_reachable("MongoDB", uri, timeout_s)
+        config.require_reachable("MongoDB", uri, seeds, timeout_s)
     except config.ServiceUnavailable:
         return absent
     return config.ConfigError(

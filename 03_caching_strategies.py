@@ -4146,17 +4146,25 @@ def server_name(about: Mapping[str, Any]) -> str:
     return f"Valkey {valkey}" if valkey else f"Redis {about['redis_version']}"
 
 
+def redis_address(client: redis.Redis) -> tuple[str, int | None]:
+    """Where it looks for its server: host and port, or the path of a Unix socket and None."""
+    options = client.connection_pool.connection_kwargs
+    if "path" in options:
+        return options["path"], None
+    return options.get("host", "localhost"), int(options.get("port", 6379))
+
+
 def open_redis(url: str, timeout_s: float) -> Workspace:
     """Raises ServiceUnavailable where nobody answers, ConfigError where we are refused."""
     shown = config.redact(url)
     is_socket = url.startswith("unix:")
     if not is_socket and not re.fullmatch(r"/?\d*", urlsplit(url).path):  # redis-py would take 0
         raise config.ConfigError(f"REDIS_URL: {shown}: a database is a number")
-    config.require_reachable("Redis", url, timeout_s)
     try:
         probe = connect(url, timeout_s)
     except ValueError as error:
         raise config.ConfigError(f"REDIS_URL: {shown}: {error}") from None
+    config.require_reachable("Redis", url, [redis_address(probe)], timeout_s)
     if probe.get_encoder().decode_responses:
         raise config.ConfigError(f"REDIS_URL: {shown}: the caches need decode_responses=false")
     try:

@@ -16,26 +16,27 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from urllib.parse import unquote_plus
 
 from dotenv import dotenv_values
 from dotenv.parser import parse_stream
+from pythonjsonlogger.json import JsonEncoder, JsonFormatter
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import Progress
 
-import urls
-
 logger = logging.getLogger(__name__)
 
-TRACEBACK_HINT = "\n(LOG_LEVEL=DEBUG shows the traceback)"
 WIDTH = 88  # columns: fits a split editor and a projector
+Addresses = Sequence[tuple[str, int | None]]  # host and port, or path of a Unix socket and None
 SCHEMES = {  # variable → the URL schemes that this module's drivers speak
     "DATABASE_URL": ("postgresql+psycopg2",),
     "MONGODB_URI": ("mongodb", "mongodb+srv"),
@@ -75,47 +76,76 @@ class Settings:
 def load_settings(
     environ: Mapping[str, str] | None = None, dotenv_path: str | None = ".env"
 ) -> Settings:
-    """Read `environ` (default: `os.environ`) and, for what it does not set, the file
-    `dotenv_path`. A variable set to the empty string counts as not configured.
+    """Read `environ`, or else `os.environ`, and for what it does not set the file `dotenv_path`.
 
-    Raises ConfigError, which names the variable and never shows its secret.
+    An empty variable is not configured. A ConfigError names the variable, and shows no secret.
     """
-    file = _read_dotenv(dotenv_path) if dotenv_path else {}
+    file = _read_dotenv(dotenv_path or os.devnull)
     values = {**file, **(os.environ if environ is None else environ)}
-    checked = {name.lower(): _checked_url(name, values.get(name)) for name in SCHEMES}
+    urls = {name.lower(): _checked_url(name, url) for name in SCHEMES if (url := values.get(name))}
     level = (values.get("LOG_LEVEL") or Settings.log_level).upper()
+    form = (values.get("LOG_FORMAT") or Settings.log_format).lower()
+    timeout = values.get("CONNECT_TIMEOUT_S") or str(Settings.connect_timeout_s)
     if level not in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
         raise ConfigError(f"LOG_LEVEL: {level!r} is none of DEBUG INFO WARNING ERROR CRITICAL")
-    log_format = (values.get("LOG_FORMAT") or Settings.log_format).lower()
-    if log_format not in ("text", "json"):
-        raise ConfigError(f"LOG_FORMAT: {log_format!r} is neither text nor json")
-    timeout = values.get("CONNECT_TIMEOUT_S") or str(Settings.connect_timeout_s)
+    if form not in ("text", "json"):
+        raise ConfigError(f"LOG_FORMAT: {form!r} is neither text nor json")
     if not re.fullmatch(r"\d+(\.\d+)?", timeout) or not 0 < float(timeout) <= 60:
         raise ConfigError(f"CONNECT_TIMEOUT_S: {timeout!r} is no number of seconds up to 60")
-    return Settings(
-        **checked, log_level=level, log_format=log_format, connect_timeout_s=float(timeout)
-    )
+    return Settings(**urls, log_level=level, log_format=form, connect_timeout_s=float(timeout))
 
 
 def _read_dotenv(path: str) -> dict[str, str | None]:
     try:
-        text = Path(path).read_text("utf-8-sig", "replace")  # Windows may put a mark first
+        text = Path(path).read_text("utf-8-sig")  # Windows may put a mark first
     except FileNotFoundError:
         return {}
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}, line {line}: not UTF-8") from None
     for binding in parse_stream(io.StringIO(text)):
-        is_utf8 = "\ufffd" not in binding.original.string  # what "replace" puts
-        if binding.error or not is_utf8:
-            problem = "not NAME=value; is a quote left open?" if is_utf8 else "not UTF-8"
+        if binding.error:
             line = binding.original.line + binding.original.string.rstrip().count("\n")
-            raise ConfigError(f"{path}, line {line}: {problem}")
+            raise ConfigError(f"{path}, line {line}: not NAME=value; is a quote left open?")
     return dotenv_values(stream=io.StringIO(text))
 
 
-def _checked_url(variable: str, url: str | None) -> str | None:
-    try:
-        return urls.checked(url, SCHEMES[variable]) if url else None
-    except ValueError as error:
-        raise ConfigError(f"{variable}: {error}") from None
+# ── URLs ────────────────────────────────────────────────────────────────────────────
+
+HOST = r"^[\w+]+://(?:[^@]*@)?+(?:[^/?]*,)?"  # what is before one; ?+ never gives the login back
+PORT = r"0*([1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5])"  # 1 to 65535
+LIST = "?host=h1:5432&host=h2:5432&target_session_attrs=read-write"
+FLAWS = (  # what a driver would not read, or read otherwise; said without a word of the login
+    # A raw / ? or # in a password ends the host for a parser, and what is before it may look so.
+    (r"//.*[@/?#\s].*@|^[^?]*\s", "is a special character in its password not percent-encoded?"),
+    (rf"^(?=postgres){HOST}[^/?]*:[^/?]*,", f"it names several hosts: SQLAlchemy wants {LIST}"),
+    (rf"^(?!mongodb:|post){HOST}[^/?]*,", "it names several hosts, and its driver takes one"),
+    (rf"{HOST}([^][/?,:]*:[^][/?,]*:|\[[^]]*$)", "an IPv6 address belongs in brackets, as [::1]"),
+    (rf"{HOST}(\[.*\])?[^][/?]*:(?!{PORT}([,/?]|$))", "its port is no number from 1 to 65535"),
+    (rf"^(?=unix){HOST}(?!/)", "the path of a socket begins with /, as in unix:///run/redis.sock"),
+    (r"^amqps?://[^:@/?]+@", "it has a user and no password"),
+    (r"^amqps?://[^/?]*/([^/?]*)/", "asks for virtual host '{}'; write %2F for the default one"),
+)
+# sslrootcert= tlsCAFile= ssl_certfile= …, or 'cafile': in ssl_options
+FILE_OPTION = r"(?i)(?:certs?|key|(?:ca|cert|key)file)(?:=|['\"]: *['\"])([^&'\"]+)"
+
+
+def _checked_url(variable: str, url: str) -> str:
+    """`url` as its driver reads it. Of its options, only the files that they name are looked at."""
+    # SQLAlchemy 2.1 would read both short forms as psycopg 3, which is not installed.
+    url = re.sub(r"^postgres(ql)?://", "postgresql+psycopg2://", url)
+    scheme, _, rest = url.partition("://")
+    if scheme not in SCHEMES[variable] or not rest:
+        raise ConfigError(f"{variable}: expected {'://… or '.join(SCHEMES[variable])}://…")
+    for pattern, flaw in FLAWS:
+        if found := re.search(pattern, url, re.DOTALL):
+            raise ConfigError(f"{variable}: {flaw.format(*found.groups())}")
+    for file in re.findall(FILE_OPTION, unquote_plus(url.partition("?")[2])):
+        if file != "system" and not os.access(file, os.R_OK):  # to libpq, system is no file
+            raise ConfigError(f"{variable}: cannot read {file}, a file that the URL names")
+    # libpq's form of a Unix socket, which SQLAlchemy would take for the name of a host.
+    form = r"(?i)^(postgres.*(?://|@))(%2F[^@:/?]*)([^@?]*)(?:\?(.*))?$"
+    return re.sub(form, r"\1\3?host=\2&\4", url)
 
 
 def redact(text: str) -> str:
@@ -132,9 +162,31 @@ def redact(text: str) -> str:
     return re.sub(r"(?<=//)([^:\s]*):\S*@", r"\1:***@", text)
 
 
-def require_reachable(service: str, url: str, timeout_s: float) -> None:
-    """Raise ServiceUnavailable unless a server of `url` accepts a connection in `timeout_s`."""
-    if reason := urls.unreachable(url, timeout_s):
+def require_reachable(service: str, url: str, addresses: Addresses, timeout_s: float) -> None:
+    """Raise ServiceUnavailable unless one of `addresses`, where the driver will look for the server
+    of `url`, accepts a connection within `timeout_s`. Without any, only the driver can know."""
+    outcomes: list[str] = []  # reasons; an empty one where somebody is there
+
+    def probe() -> None:
+        for host, port in addresses:
+            try:
+                if port is None:
+                    with socket.socket(socket.AF_UNIX) as client:
+                        client.connect(host)
+                else:
+                    socket.create_connection((host, port), timeout_s / len(addresses)).close()
+                outcomes.append("")
+            except PermissionError:  # of a socket, about which the driver will say more
+                outcomes.append("")
+            except (OSError, UnicodeError) as error:  # UnicodeError: no name that DNS can express
+                outcomes.append(getattr(error, "strerror", None) or str(error))
+
+    # In a thread, because resolving a host name knows no timeout.
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if addresses and "" not in outcomes:
+        reason = ", ".join(dict.fromkeys(outcomes)) or f"no answer within {timeout_s:g} s"
         raise ServiceUnavailable(service, reason, url)
 
 
@@ -142,44 +194,30 @@ def require_reachable(service: str, url: str, timeout_s: float) -> None:
 
 # At DEBUG they write each command in clear, and ten times what the scripts say.
 DRIVERS = ("asyncio", "motor", "pika", "psycopg2", "pymongo", "redis", "urllib3")
-_STANDARD_FIELDS = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
-
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time (UTC), level, logger, message, and the `extra` fields."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        time_utc = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        entry: dict[str, Any] = {
-            "time": f"{time_utc}.{int(record.msecs):03d}Z",
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        entry |= {key: v for key, v in vars(record).items() if key not in _STANDARD_FIELDS}
-        if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
-        return json.dumps(entry, default=str, ensure_ascii=False)
 
 
 def configure_logging(settings: Settings) -> None:
     """Send every logger's records to stderr, as text through rich or as JSON lines."""
     handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False)
-    handler.setFormatter(logging.Formatter("%(name)s: %(message)s", datefmt="%X"))
+    form = logging.Formatter("%(name)s: %(message)s", datefmt="%X")
     if settings.log_format == "json":
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(JsonFormatter())
+        fields = ("levelname", "name", "message")
+        names = {"levelname": "level", "name": "logger", "exc_info": "exception"}
+        form = JsonFormatter(fields, timestamp="time", rename_fields=names, json_ensure_ascii=False)
+    handler.setFormatter(form)
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
     for driver in DRIVERS:
         logging.getLogger(driver).setLevel(max(logging.INFO, logging.getLogger().level))
 
 
-def _last_words(text: str) -> None:
+def _last_words(text: str, exit_code: int) -> int:
     """On stderr, as JSON where the log is."""
     if isinstance(logging.getLogger().handlers[0].formatter, JsonFormatter):
         logger.critical("%s", text)
     else:
         print(text, file=sys.stderr)
+    return exit_code
 
 
 # ── Output ──────────────────────────────────────────────────────────────────────────
@@ -198,15 +236,14 @@ def _wrap(text: str, first: str, others: str) -> str:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Evidence as one table; numbers (and dashes for none) are aligned to the right."""
-    lines = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(columns, *lines, strict=True)]
-    for i, line in enumerate([list(columns), *lines]):
-        cells = [
-            cell.rjust(width) if all(re.match(r"[-+~]?\d|-$", row[j]) for row in lines)
-            else cell.ljust(width)
-            for j, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]  # fmt: skip
-        console.print(("  " + "  ".join(cells)).rstrip(), style=None if i else "bold")
+    aligned = []
+    for column in zip(columns, *rows, strict=True):
+        cells = [str(cell) for cell in column]
+        is_numeric = all(re.match(r"[-+~]?\d|-$", cell) for cell in cells[1:])
+        width = max(map(len, cells))
+        aligned.append([cell.rjust(width) if is_numeric else cell.ljust(width) for cell in cells])
+    for i, line in enumerate(zip(*aligned, strict=True)):
+        console.print(("  " + "  ".join(line)).rstrip(), style=None if i else "bold")
 
 
 def listing(text: str) -> None:
@@ -245,8 +282,8 @@ class Run:
 
     def url(self, service: str, variable: str) -> str:
         """The configured URL; raises ServiceUnavailable where there is none to use."""
-        url: str | None = getattr(self.settings, variable.lower())
-        if self.offline or not url:
+        url: str | None = None if self.offline else getattr(self.settings, variable.lower())
+        if not url:
             reason = "--offline was given" if self.offline else f"{variable} is not set"
             raise ServiceUnavailable(service, reason)
         return url
@@ -293,23 +330,18 @@ def run_script(
             results = {name: _run_demo(demo, resources) for name, demo in chosen.items()}
         elapsed_s = time.perf_counter() - started
     except ConfigError as error:
-        _last_words(f"error: {error}")
-        return 2
+        return _last_words(f"error: {error}", 2)
     except KeyboardInterrupt:
-        _last_words("interrupted")
-        return 130
+        return _last_words("interrupted", 130)
     except Exception as error:  # of open_resources: a server that dies while data are loaded
-        logger.debug("resources failed", exc_info=True)
-        hint = "" if logger.isEnabledFor(logging.DEBUG) else TRACEBACK_HINT
-        _last_words(f"error: {_reason(error)}{hint}")
-        return 1
+        return _last_words(f"error: {_failure(error)}", 1)
     finally:
         console.quiet = False
         signal.signal(signal.SIGTERM, previous)
     failed = [name for name, result in results.items() if "error" in result]
     if args.json:
         report = {"services": run.services, "elapsed_s": round(elapsed_s, 3), "demos": results}
-        console.print(json.dumps(report, default=_jsonable, indent=2, ensure_ascii=False))
+        console.print(json.dumps(report, cls=JsonEncoder, indent=2, ensure_ascii=False))
     else:
         outcome = f"failed: {', '.join(failed)}" if failed else "none failed"
         console.print(f"\nDemos: {len(results)} in {elapsed_s:.1f} s; {outcome}.")
@@ -324,11 +356,9 @@ def _parser(doc: str, names: list[str], scale: int, unit: str) -> argparse.Argum
     add("--only", action="append", choices=names, metavar="NAME", help="a demo (repeatable)")
     add("--scale", type=_positive, default=scale, metavar="N", help=f"{unit} (default {scale})")
     add("--json", action="store_true", help="print the results as JSON and nothing else")
-    servers = parser.add_mutually_exclusive_group()
-    servers.add_argument("--offline", action="store_true", help="use no server")
-    servers.add_argument(
-        "--require-services", action="store_true", help="exit with 2 where a server is missing"
-    )
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--offline", action="store_true", help="use no server")
+    add("--require-services", action="store_true", help="exit with 2 where a server is missing")
     return parser
 
 
@@ -354,17 +384,14 @@ def _run_demo(demo: Callable[..., object], resources: Mapping[str, object]) -> d
     try:
         return {"result": demo(**wanted)}
     except Exception as error:  # one failing demo must not take the others with it
-        logger.debug("%s failed", demo.__name__, exc_info=True)
-        hint = "" if logger.isEnabledFor(logging.DEBUG) else TRACEBACK_HINT
-        console.print(f"failed: {_reason(error)}{hint}")
-        return {"error": _reason(error)}
+        failure = _failure(error)
+        console.print(f"failed: {failure}")
+        return {"error": failure}
 
 
-def _reason(error: Exception) -> str:
-    return redact(f"{type(error).__name__}: {error}")
-
-
-def _jsonable(value: object) -> object:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    return str(value)  # Decimal, datetime, UUID
+def _failure(error: Exception) -> str:
+    """What went wrong, without secrets; its traceback goes to the log, or else a hint follows."""
+    logger.debug("failed", exc_info=error)
+    is_logged = logger.isEnabledFor(logging.DEBUG)
+    hint = "" if is_logged else "\n(LOG_LEVEL=DEBUG shows the traceback)"
+    return redact(f"{type(error).__name__}: {error}") + hint

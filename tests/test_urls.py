@@ -1,6 +1,7 @@
-"""What load_settings makes of the URLs that people write, for all four variables: each says what is
-wrong and shows no secret, or is read as its driver reads it. And what scripts then do with those
-that name several hosts, sockets, and a server that is slow to refuse.
+"""What becomes of the URLs that people write, for all four variables: load_settings says what is
+wrong with their shape, the scripts what is wrong with their options, and neither shows a secret; or
+they are read as their driver reads them. And what scripts then do with those that name several
+hosts, sockets, and a server that is slow to refuse.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pika
@@ -24,14 +26,12 @@ from services import postgres_engine
 
 import config
 import servers
-import urls
 
 ENCODE = "percent-encoded"
 PORT = "port is no number from 1 to 65535"
 BRACKETS = "an IPv6 address belongs in brackets"
 ONE_HOST = "it names several hosts, and its driver takes one"
 LIST = "SQLAlchemy wants ?host=h1:5432&host=h2:5432&target_session_attrs=read-write"
-OPTION = "is an option after the ? wrong?"
 FILE = "cannot read /no/such/file"
 SECRET = "12345"  # digits: what a parser could take for a port
 
@@ -50,8 +50,6 @@ REFUSED: dict[str, dict[str, str]] = {
         "postgresql://app:12345@::1/app": BRACKETS,
         "postgresql://app:12345@::1:5432/app": BRACKETS,
         "postgresql://app:12345@h1:5432,h2:5432/app": LIST,
-        "postgresql://app:12345@h/app?host=h1:soon&host=h2:1": OPTION,
-        "postgresql://h/app?host=[::1]:5432&host=h2:5432": OPTION,  # SQLAlchemy reads host "["
         "postgresql+psycopg2:/app": "expected postgresql+psycopg2://…",
         "postgresql+psycopg2:app:12345@h/app": "expected postgresql+psycopg2://…",
         "postgresql://": "expected postgresql+psycopg2://…",
@@ -66,14 +64,12 @@ REFUSED: dict[str, dict[str, str]] = {
         "mongodb://foo:12345#@h": ENCODE,
         "mongodb://foo:12345@x@h": ENCODE,
         "mongodb://foo:12345 @h": ENCODE,
-        "mongodb://foo:12345%zz@h": ENCODE,
         "mongodb+srv://foo:12345/@h.example": ENCODE,
         "mongodb://foo:12345@h:/": PORT,
         "mongodb://foo:12345@h1:27017,h2:99999/": PORT,
         "mongodb://foo:12345@h:0/": PORT,
         "mongodb://foo:12345@::1/": BRACKETS,
         "mongodb://foo:12345@h1,::1:27017/": BRACKETS,
-        "mongodb://h/?replicaSet": OPTION,
         "mongodb:h": "expected mongodb://… or mongodb+srv://…",
         "mongodb://": "expected mongodb://… or mongodb+srv://…",
         "mongodb://h/?tls=true&tlsCAFile=/no/such/file": FILE,
@@ -90,8 +86,9 @@ REFUSED: dict[str, dict[str, str]] = {
         "redis://:12345@::1:6379/0": BRACKETS,
         "redis://:12345@h1,h2/0": ONE_HOST,
         "redis://:12345@h1:6379,h2:6379/0": ONE_HOST,
-        "redis://h/0?socket_timeout=soon": OPTION,
-        "unix://?db=1": OPTION,
+        "redis://:12,345@h:port/0": PORT,
+        "unix://?db=1": "the path of a socket begins with /",
+        "unix://:12345@run/redis.sock": "a socket begins with /",  # to redis-py: /redis.sock
         "redis:h": "expected redis://… or rediss://… or unix://…",
         "redis://": "expected redis://… or rediss://… or unix://…",
         "rediss://h/0?ssl_ca_certs=/no/such/file": FILE,
@@ -110,10 +107,8 @@ REFUSED: dict[str, dict[str, str]] = {
         "amqp://u:12345@h1,h2/": ONE_HOST,
         "amqp://u:12345@h1:5672,h2:5672/": ONE_HOST,
         "amqp://12345@h/": "it has a user and no password",
-        "amqp://u:12345@h:5672//": "the virtual host ''; write %2F for the default one",
-        "amqp://u:12345@h:5672/a/b": "the virtual host 'a'; write %2F",
-        "amqp://h/?heartbeat=soon": OPTION,
-        "amqps://h/?ssl_options={'ciphers':'x'}": OPTION,  # pika wants an authority, too
+        "amqp://u:12345@h:5672//": "virtual host ''; write %2F for the default one",
+        "amqp://u:12345@h:5672/a/b": "virtual host 'a'; write %2F",
         "amqp:h": "expected amqp://… or amqps://…",
         "amqp://": "expected amqp://… or amqps://…",
         "amqps://h/?ssl_options={'cafile': '/no/such/file'}": FILE,
@@ -136,21 +131,67 @@ def test_a_url_that_its_driver_would_misread_is_refused(
     assert str(caught.value).startswith(f"{variable}: ")
     assert problem in str(caught.value)
     assert SECRET not in str(caught.value)
-    assert (ENCODE in str(caught.value)) is (problem == ENCODE or "12345@h/app?host=" in url)
+    assert (ENCODE in str(caught.value)) is (problem == ENCODE)
 
 
-def test_a_file_that_is_no_certificate_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "ca.pem").write_text("nothing\n")
-    url = f"amqps://u:{SECRET}@h/?ssl_options={{'cafile':'{tmp_path}/ca.pem'}}"
-    with pytest.raises(config.ConfigError, match=r"a file that the URL names: .*cert") as caught:
-        config.load_settings({"RABBITMQ_URL": url}, None)
+def script(variable: str) -> ModuleType:
+    number = {"DATABASE_URL": "01_sqlalchemy", "MONGODB_URI": "02_mongodb"}.get(variable)
+    return importlib.import_module(f"{number}_advanced" if number else "03_caching_strategies")
+
+
+def opened(variable: str, url: str) -> object:
+    """What the script of `variable` does first with its URL."""
+    checked = getattr(config.load_settings({variable: url}, None), variable.lower())
+    if variable == "DATABASE_URL":
+        return script(variable).server_version(checked, 0.1)
+    if variable == "MONGODB_URI":
+        return script(variable).connect(checked, 0.1, script(variable).CommandLog())
+    return script(variable).open_redis(checked, 0.1)
+
+
+OPTION = "is an option after the ? wrong?"
+
+
+@pytest.mark.parametrize(
+    ("variable", "url", "problem"),
+    [
+        ("DATABASE_URL", "postgresql://app:12345@h/app?host=h1:soon&host=h2:1", OPTION),
+        # SQLAlchemy reads host "[":
+        ("DATABASE_URL", "postgresql://h/app?host=[::1]:5432&host=h2:5432", OPTION),
+        ("DATABASE_URL", "postgresql://h/app?host=h1:1&host=h2:2&port=12345", OPTION),
+        ("MONGODB_URI", "mongodb://foo:12345%zz@h", "must be escaped"),
+        ("MONGODB_URI", "mongodb://foo:12345@h/?replicaSet", "key=value"),
+        ("REDIS_URL", "redis://:12345@h/0?socket_timeout=soon", "'socket_timeout'"),
+    ],
+)
+def test_what_only_its_driver_can_read_is_refused_by_the_script(
+    variable: str, url: str, problem: str
+) -> None:
+    with pytest.raises(config.ConfigError) as caught:
+        opened(variable, url)
+    assert str(caught.value).startswith(f"{variable}: ")
+    assert problem in str(caught.value)
     assert SECRET not in str(caught.value)
 
 
-TAKEN: dict[str, dict[str, list[urls.Address]]] = {
+def addresses(variable: str, url: str) -> list[tuple[str, int | None]]:
+    """Where its driver will look for the server of `url`: what a script probes."""
+    checked = getattr(config.load_settings({variable: url}, None), variable.lower())
+    if variable == "DATABASE_URL":
+        return list(script(variable).libpq_addresses(checked))
+    if variable == "MONGODB_URI":
+        return list(parse_uri(checked)["nodelist"])
+    if variable == "REDIS_URL":
+        return [script(variable).redis_address(script(variable).connect(checked))]
+    parameters = pika.URLParameters(checked)
+    return [(parameters.host, parameters.port)]
+
+
+TAKEN: dict[str, dict[str, list[tuple[str, int | None]]]] = {
     "DATABASE_URL": {
         "postgresql://u:a%40b%2Fc@h/db": [("h", 5432)],
         "postgresql://u:p[q@h:1/db": [("h", 1)],
+        "postgresql://u:a,b@h:65535/a,b": [("h", 65535)],
         "postgresql://u:p@[::1]:5433/db": [("::1", 5433)],
         "postgresql://h1,h2:5433/db": [("h1", 5433), ("h2", 5433)],
         "postgresql://u@/db?host=h1:1&host=h2:2": [("h1", 1), ("h2", 2)],
@@ -166,12 +207,14 @@ TAKEN: dict[str, dict[str, list[urls.Address]]] = {
     "MONGODB_URI": {
         "mongodb://u:p@h1:1,h2/?replicaSet=rs0": [("h1", 1), ("h2", 27017)],
         "mongodb://[::1]:1/": [("::1", 1)],
+        "mongodb://u:a,b@h1:1,[::1]:2,h3/": [("h1", 1), ("::1", 2), ("h3", 27017)],
         "mongodb://u:p@%2Ftmp%2Fmongodb-27017.sock/": [("/tmp/mongodb-27017.sock", None)],
     },
     "REDIS_URL": {
         "redis://:p@h": [("h", 6379)],
         "redis:///0": [("localhost", 6379)],
         "rediss://[::1]:1/0": [("::1", 1)],
+        "redis://:50%off@h": [("h", 6379)],  # what pymongo alone refuses
         "unix://u:p@/run/redis.sock?db=1": [("/run/redis.sock", None)],
     },
     "RABBITMQ_URL": {
@@ -183,20 +226,22 @@ TAKEN: dict[str, dict[str, list[urls.Address]]] = {
 
 
 @pytest.mark.parametrize(
-    ("variable", "url", "addresses"),
+    ("variable", "url", "expected"),
     [(variable, *case) for variable, cases in TAKEN.items() for case in cases.items()],
 )
 def test_a_url_is_probed_where_its_driver_connects(
-    variable: str, url: str, addresses: list[urls.Address], monkeypatch: pytest.MonkeyPatch
+    variable: str,
+    url: str,
+    expected: list[tuple[str, int | None]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("PGPORT", raising=False)
-    checked = getattr(config.load_settings({variable: url}, None), variable.lower())
-    assert urls.addresses(checked) == addresses
+    assert addresses(variable, url) == expected
 
 
 def test_a_port_that_only_libpq_knows_of_is_probed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PGPORT", "5433")
-    assert urls.addresses("postgresql+psycopg2://h/db") == [("h", 5433)]
+    assert addresses("DATABASE_URL", "postgresql://h/db") == [("h", 5433)]
 
 
 def test_hosts_that_come_from_dns_are_not_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,8 +290,7 @@ def free_port() -> Iterator[int]:
 
 def version_at(url: str, timeout_s: float = 2.0) -> str:
     checked = config.load_settings({"DATABASE_URL": url}, None).database_url
-    script = importlib.import_module("01_sqlalchemy_advanced")
-    version: str = script.server_version(checked, timeout_s)
+    version: str = script("DATABASE_URL").server_version(checked, timeout_s)
     return version
 
 
@@ -294,7 +338,7 @@ def test_of_several_hosts_one_that_works_is_enough(
 ) -> None:
     hosts = f"host=127.0.0.1:{free_port}&host=127.0.0.1:{own_postgres.port}"
     url = f"postgresql://app:{own_postgres.password}@/app?{hosts}&target_session_attrs=read-write"
-    assert version_at(url) == own_postgres.version
+    assert version_at(url) == own_postgres.installation.version
     with pytest.raises(config.ConfigError, match="FATAL:  password authentication failed"):
         version_at(f"postgresql://app:wrong@/app?{hosts}")
 
@@ -348,7 +392,7 @@ def test_libpqs_own_default_is_asked_by_libpq(
         version_at("postgresql:///app")
     monkeypatch.setenv("PGHOST", "127.0.0.1")
     url = f"postgresql://app:{own_postgres.password}@/app?port={own_postgres.port}"
-    assert version_at(url) == own_postgres.version
+    assert version_at(url) == own_postgres.installation.version
 
 
 @pytest.mark.parametrize("options", ["sslmode=bogus", "bogus=1", "sslmode=require"])
