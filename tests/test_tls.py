@@ -60,7 +60,7 @@ class Encrypted(servers.Server):
 class Postgres(Encrypted, servers.Postgres):
     def _command(self) -> list[str]:
         command = super()._command()
-        data = Path(command[command.index("-D") + 1])
+        data = self.home / command[command.index("-D") + 1]
         certificate, key = self.write(data)
         rules = data / "tls_hba.conf"
         rules.write_text("hostssl all all 127.0.0.1/32 scram-sha-256\n")
@@ -89,7 +89,7 @@ class Mongo(Encrypted, servers.Mongo):
         ]  # fmt: skip
 
     def _both(self) -> Path:
-        certificate, key = self.write(self._run.home(self.name))
+        certificate, key = self.write(self.home)
         both = key.with_name("tls.pem")
         both.touch(0o600)
         both.write_bytes(key.read_bytes() + certificate.read_bytes())
@@ -115,7 +115,7 @@ class Redis(Encrypted, servers.Redis):
 
     def _command(self) -> list[str]:
         command = super()._command()
-        certificate, key = self.write(self._run.home(self.name))
+        certificate, key = self.write(self.home)
         with Path(command[1]).open("a") as settings:
             settings.write(
                 f"port 0\ntls-port {self.port}\ntls-cert-file {certificate}\n"
@@ -131,12 +131,11 @@ class RabbitMQ(Encrypted, servers.RabbitMQ):
 
     def _command(self) -> list[str]:
         command = super()._command()
-        home = self._run.home(self.name)
-        certificate, key = self.write(home)
+        certificate, key = self.write(self.home)
         if not self.tls_port:
             with socket.create_server(("127.0.0.1", 0)) as free:
                 self.tls_port = free.getsockname()[1]
-        with (home / "rabbitmq.conf").open("a") as settings:
+        with (self.home / "rabbitmq.conf").open("a") as settings:
             settings.write(
                 f"listeners.ssl.1 = 127.0.0.1:{self.tls_port}\n"
                 f"ssl_options.certfile = {certificate}\nssl_options.keyfile = {key}\n"
@@ -405,6 +404,15 @@ def test_a_missing_file_is_a_refusal_also_where_nobody_listens(
 ) -> None:
     ended = run(variable, url(variable, ca="/no/such/file", port=1))
     assert_refused(ended, variable, "cannot read /no/such/file")
+
+
+@every_service
+def test_a_file_that_is_no_certificate_is_a_refusal(
+    variable: str, url: Url, run: RunUrl, tmp_path: Path
+) -> None:
+    (tmp_path / "ca.pem").write_text("nothing\n")
+    ended = run(variable, url(variable, ca=tmp_path / "ca.pem"))
+    assert_refused(ended, variable, "(?i)no certificate or crl found")
 
 
 def test_what_the_example_file_says_of_a_hosted_postgresql(
