@@ -4157,8 +4157,10 @@ def redis_address(client: redis.Redis) -> tuple[str, int | None]:
 def open_redis(url: str, timeout_s: float) -> Workspace:
     """Raises ServiceUnavailable where nobody answers, ConfigError where we are refused."""
     shown = config.redact(url)
-    is_socket = url.startswith("unix:")
-    if not is_socket and not re.fullmatch(r"/?\d*", urlsplit(url).path):  # redis-py would take 0
+    if url.startswith("unix:"):
+        if not re.match(r"unix://([^/?]*@)?/", url):  # redis-py would take what follows the first /
+            raise config.ConfigError("REDIS_URL: the path of a socket begins with /")
+    elif not re.fullmatch(r"/?\d*", urlsplit(url).path):  # redis-py would take 0
         raise config.ConfigError(f"REDIS_URL: {shown}: a database is a number")
     try:
         probe = connect(url, timeout_s)

@@ -7,7 +7,6 @@ Importing it does nothing. Only this module and the `demo_*` functions print.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import inspect
 import io
@@ -18,24 +17,26 @@ import re
 import signal
 import socket
 import sys
-import textwrap
 import threading
 import time
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
+from textwrap import fill
 from urllib.parse import unquote_plus
 
 from dotenv import dotenv_values
 from dotenv.parser import parse_stream
 from pythonjsonlogger.json import JsonEncoder, JsonFormatter
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 WIDTH = 88  # columns: fits a split editor and a projector
+Arguments = Sequence[str] | None  # of the command line; None for sys.argv's
 Addresses = Sequence[tuple[str, int | None]]  # host and port, or path of a Unix socket and None
 SCHEMES = {  # variable → the URL schemes that this module's drivers speak
     "DATABASE_URL": ("postgresql+psycopg2",),
@@ -44,7 +45,7 @@ SCHEMES = {  # variable → the URL schemes that this module's drivers speak
     "RABBITMQ_URL": ("amqp", "amqps"),
 }
 
-# ── Settings ────────────────────────────────────────────────────────────────────────
+# ── Settings and URLs ────────────────────────────────────────────────────────────────
 
 
 class ConfigError(Exception):
@@ -73,14 +74,10 @@ class Settings:
     connect_timeout_s: float = 2.0  # a server on the same continent answers in 0.5 s
 
 
-def load_settings(
-    environ: Mapping[str, str] | None = None, dotenv_path: str | None = ".env"
-) -> Settings:
-    """Read `environ`, or else `os.environ`, and for what it does not set the file `dotenv_path`.
-
-    An empty variable is not configured. A ConfigError names the variable, and shows no secret.
-    """
-    file = _read_dotenv(dotenv_path or os.devnull)
+def load_settings(environ: Mapping[str, str] | None = None, path: str | None = ".env") -> Settings:
+    """Read `environ`, or else `os.environ`, and for what it does not set the file at `path`. An
+    empty variable is not configured. A ConfigError names the variable, and shows no secret."""
+    file = _read_dotenv(path or os.devnull)
     values = {**file, **(os.environ if environ is None else environ)}
     urls = {name.lower(): _checked_url(name, url) for name in SCHEMES if (url := values.get(name))}
     level = (values.get("LOG_LEVEL") or Settings.log_level).upper()
@@ -110,8 +107,6 @@ def _read_dotenv(path: str) -> dict[str, str | None]:
     return dotenv_values(stream=io.StringIO(text))
 
 
-# ── URLs ────────────────────────────────────────────────────────────────────────────
-
 HOST = r"^[\w+]+://(?:[^@]*@)?+(?:[^/?]*,)?"  # what is before one; ?+ never gives the login back
 PORT = r"0*([1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5])"  # 1 to 65535
 LIST = "?host=h1:5432&host=h2:5432&target_session_attrs=read-write"
@@ -122,8 +117,6 @@ FLAWS = (  # what a driver would not read, or read otherwise; said without a wor
     (rf"^(?!mongodb:|post){HOST}[^/?]*,", "it names several hosts, and its driver takes one"),
     (rf"{HOST}([^][/?,:]*:[^][/?,]*:|\[[^]]*$)", "an IPv6 address belongs in brackets, as [::1]"),
     (rf"{HOST}(\[.*\])?[^][/?]*:(?!{PORT}([,/?]|$))", "its port is no number from 1 to 65535"),
-    (rf"^(?=unix){HOST}(?!/)", "the path of a socket begins with /, as in unix:///run/redis.sock"),
-    (r"^amqps?://[^:@/?]+@", "it has a user and no password"),
     (r"^amqps?://[^/?]*/([^/?]*)/", "asks for virtual host '{}'; write %2F for the default one"),
 )
 # sslrootcert= tlsCAFile= ssl_certfile= …, or 'cafile': in ssl_options
@@ -149,15 +142,10 @@ def _checked_url(variable: str, url: str) -> str:
 
 
 def redact(text: str) -> str:
-    """`text` with the secrets of its URLs replaced by `***`, also of malformed ones.
-
-    A URL ends at white space, and its password at the last `@`: one that should have been
-    percent-encoded may hold `@`, `/` or `?`. Rather too much than part of a secret.
-    """
+    """`text` with the secrets of its URLs replaced by `***`, rather too much than too little. A URL
+    ends at white space, and its password at the last `@`, since it may not be percent-encoded."""
     text = re.sub(r"(?is)(ssl_options=)((\{|%7B).*(\}|%7D)|[^&\s]*)", r"\1***", text)
-    text = re.sub(
-        r"(?i)((?:password|passwd|pwd)=|session_token:)(?:[^&\s]*(@))?[^&\s]*", r"\1***\2", text
-    )
+    text = re.sub(r"(?i)((?:pass\w+|pwd)=|session_token:)(?:[^&\s]*(@))?[^&\s]*", r"\1***\2", text)
     text = re.sub(r"((?:rediss?|unix)://)[^:\s]*@", r"\1***@", text)  # its colon was forgotten
     return re.sub(r"(?<=//)([^:\s]*):\S*@", r"\1:***@", text)
 
@@ -175,14 +163,13 @@ def require_reachable(service: str, url: str, addresses: Addresses, timeout_s: f
                         client.connect(host)
                 else:
                     socket.create_connection((host, port), timeout_s / len(addresses)).close()
-                outcomes.append("")
-            except PermissionError:  # of a socket, about which the driver will say more
-                outcomes.append("")
+                reason = ""
             except (OSError, UnicodeError) as error:  # UnicodeError: no name that DNS can express
-                outcomes.append(getattr(error, "strerror", None) or str(error))
+                is_there = isinstance(error, PermissionError)  # the driver will say more
+                reason = "" if is_there else getattr(error, "strerror", None) or str(error)
+            outcomes.append(reason)
 
-    # In a thread, because resolving a host name knows no timeout.
-    thread = threading.Thread(target=probe, daemon=True)
+    thread = threading.Thread(target=probe, daemon=True)  # resolving a name knows no timeout
     thread.start()
     thread.join(timeout_s)
     if addresses and "" not in outcomes:
@@ -190,21 +177,20 @@ def require_reachable(service: str, url: str, addresses: Addresses, timeout_s: f
         raise ServiceUnavailable(service, reason, url)
 
 
-# ── Logging ─────────────────────────────────────────────────────────────────────────
+# ── Logging and output ──────────────────────────────────────────────────────────────
 
 # At DEBUG they write each command in clear, and ten times what the scripts say.
 DRIVERS = ("asyncio", "motor", "pika", "psycopg2", "pymongo", "redis", "urllib3")
 
 
 def configure_logging(settings: Settings) -> None:
-    """Send every logger's records to stderr, as text through rich or as JSON lines."""
-    handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False)
-    form = logging.Formatter("%(name)s: %(message)s", datefmt="%X")
+    """Send every logger's records to stderr, as text or as JSON lines."""
+    form = logging.Formatter("%(asctime)s %(levelname)-8s %(name)s: %(message)s", datefmt="%X")
     if settings.log_format == "json":
-        handler = logging.StreamHandler(sys.stderr)
         fields = ("levelname", "name", "message")
         names = {"levelname": "level", "name": "logger", "exc_info": "exception"}
         form = JsonFormatter(fields, timestamp="time", rename_fields=names, json_ensure_ascii=False)
+    handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(form)
     logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
     for driver in DRIVERS:
@@ -212,26 +198,21 @@ def configure_logging(settings: Settings) -> None:
 
 
 def _last_words(text: str, exit_code: int) -> int:
-    """On stderr, as JSON where the log is."""
-    if isinstance(logging.getLogger().handlers[0].formatter, JsonFormatter):
+    if isinstance(logging.getLogger().handlers[0].formatter, JsonFormatter):  # all of stderr is
         logger.critical("%s", text)
     else:
         print(text, file=sys.stderr)
     return exit_code
 
 
-# ── Output ──────────────────────────────────────────────────────────────────────────
-
 console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+_wrap = partial(fill, width=WIDTH)
 
 
 def fact(label: str, value: object) -> None:
     """One line of evidence; the values are aligned, long ones wrapped."""
-    console.print(_wrap(str(value), f"  {label + ':':<26} ", " " * 29))
-
-
-def _wrap(text: str, first: str, others: str) -> str:
-    return textwrap.fill(text, WIDTH, initial_indent=first, subsequent_indent=others)
+    first = f"  {label + ':':26} "
+    console.print(_wrap(str(value), initial_indent=first, subsequent_indent=" " * 29))
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -249,7 +230,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 def listing(text: str) -> None:
     """Code as evidence: SQL, a plan, a document."""
     for line in text.strip().splitlines():
-        console.print(_wrap(line.strip(), "    ", "      "))
+        console.print(_wrap(line.strip(), initial_indent=" " * 4, subsequent_indent=" " * 6))
 
 
 def note(text: str) -> None:
@@ -300,7 +281,7 @@ def run_script(
     doc: str,
     demos: Sequence[Callable[..., object]],
     open_resources: Callable[[Run], AbstractContextManager[Mapping[str, object]]],
-    argv: Sequence[str] | None = None,
+    argv: Arguments = None,
     *,
     scale: int = 1,
     scale_unit: str = "times the data",
@@ -310,15 +291,14 @@ def run_script(
     `open_resources(run)` yields a mapping; each demo gets those values that its parameters name.
     """
     by_name = {demo.__name__.removeprefix("demo_"): demo for demo in demos}
-    args = _parser(doc, list(by_name), scale, scale_unit).parse_args(argv)
+    args = _parsed(argv, doc, list(by_name), scale, scale_unit)
     if args.list:
         for name, demo in by_name.items():
-            console.print(f"{name:<16} {_label(demo)[0]}")
+            console.print(f"{name:<16} {_paragraphs(demo)[0].rstrip('.')}")
         return 0
     chosen = {name: demo for name, demo in by_name.items() if name in (args.only or by_name)}
     console.quiet = args.json
-    # SIGTERM cleans up as Ctrl-C does.
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as Ctrl-C
     configure_logging(Settings(log_format=os.environ.get("LOG_FORMAT", "").lower()))  # until .env
     try:
         settings = load_settings()
@@ -348,37 +328,31 @@ def run_script(
     return 1 if failed else 0
 
 
-def _parser(doc: str, names: list[str], scale: int, unit: str) -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=raw, allow_abbrev=False)
+def _parsed(argv: Arguments, doc: str, names: list[str], scale: int, unit: str) -> Namespace:
+    raw = RawDescriptionHelpFormatter
+    parser = ArgumentParser(description=doc, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
     add("--list", action="store_true", help="list the demos and stop")
     add("--only", action="append", choices=names, metavar="NAME", help="a demo (repeatable)")
-    add("--scale", type=_positive, default=scale, metavar="N", help=f"{unit} (default {scale})")
+    add("--scale", type=int, default=scale, metavar="N", help=f"{unit} (default {scale})")
     add("--json", action="store_true", help="print the results as JSON and nothing else")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--offline", action="store_true", help="use no server")
     add("--require-services", action="store_true", help="exit with 2 where a server is missing")
-    return parser
+    args = parser.parse_args(argv)
+    if args.scale < 1:
+        parser.error(f"argument --scale: {args.scale} is no whole number above 0")
+    return args
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
-
-
-def _label(demo: Callable[..., object]) -> tuple[str, str]:
-    """The first line of a demo's docstring, and its paragraph that begins with `Prediction:`."""
-    paragraphs = (inspect.getdoc(demo) or demo.__name__).split("\n\n")
-    prediction = [p for p in paragraphs if p.startswith("Prediction:")]
-    return paragraphs[0].rstrip("."), "".join(prediction)
+def _paragraphs(demo: Callable[..., object]) -> list[str]:
+    return (inspect.getdoc(demo) or demo.__name__).split("\n\n")
 
 
 def _run_demo(demo: Callable[..., object], resources: Mapping[str, object]) -> dict[str, object]:
-    title, prediction = _label(demo)
-    console.print(f"\n── {title} ".ljust(WIDTH + 1, "─"), style="bold")
-    if prediction:
+    title, *others = _paragraphs(demo)
+    console.print(f"\n── {title.rstrip('.')} ".ljust(WIDTH + 1, "─"), style="bold")
+    for prediction in (text for text in others if text.startswith("Prediction:")):
         console.print(prediction, style="italic")
     wanted = {name: resources[name] for name in inspect.signature(demo).parameters}
     try:
@@ -392,6 +366,5 @@ def _run_demo(demo: Callable[..., object], resources: Mapping[str, object]) -> d
 def _failure(error: Exception) -> str:
     """What went wrong, without secrets; its traceback goes to the log, or else a hint follows."""
     logger.debug("failed", exc_info=error)
-    is_logged = logger.isEnabledFor(logging.DEBUG)
-    hint = "" if is_logged else "\n(LOG_LEVEL=DEBUG shows the traceback)"
+    hint = "" if logger.isEnabledFor(logging.DEBUG) else "\n(LOG_LEVEL=DEBUG shows the traceback)"
     return redact(f"{type(error).__name__}: {error}") + hint

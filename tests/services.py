@@ -245,7 +245,7 @@ def _one_line(error: BaseException) -> str:
 
 def _explicit(service: Service, url: str) -> str:
     try:
-        settings = config.load_settings({service.variable: url}, dotenv_path=None)
+        settings = config.load_settings({service.variable: url}, path=None)
         checked: str = getattr(settings, service.variable.lower())
         service.probe(checked)
     except (config.ConfigError, *PROBE_ERRORS) as error:

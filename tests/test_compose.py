@@ -232,7 +232,7 @@ def test_every_variable_is_used_and_explained() -> None:
 
 
 def test_the_example_holds_the_defaults_of_the_scripts() -> None:
-    read, default = config.load_settings(EXAMPLE, dotenv_path=None), config.Settings()
+    read, default = config.load_settings(EXAMPLE, path=None), config.Settings()
     assert (read.log_level, read.log_format) == (default.log_level, default.log_format)
     assert read.connect_timeout_s == default.connect_timeout_s
 
@@ -240,4 +240,4 @@ def test_the_example_holds_the_defaults_of_the_scripts() -> None:
 def test_the_commented_urls_are_well_formed() -> None:
     commented = dict(re.findall(r"^#([A-Z_]+)=(.*)$", EXAMPLE_TEXT, flags=re.MULTILINE))
     assert set(commented) == {"DATABASE_URL", "MONGODB_URI"}
-    assert config.load_settings(commented, dotenv_path=None).mongodb_uri == commented["MONGODB_URI"]
+    assert config.load_settings(commented, path=None).mongodb_uri == commented["MONGODB_URI"]

@@ -736,11 +736,11 @@ def test_only_chooses_demos(
     [
         (["--only", "smu"], ["smu", "invoice", "sum"]),
         (["--offline", "--require-services"], ["not allowed with"]),
-        (["--scale", "0"], ["--scale", "'0' is no whole number above 0"]),
-        (["--scale", "-3"], ["--scale", "'-3' is no whole number above 0"]),
-        (["--scale", "1.5"], ["--scale", "'1.5' is no whole number above 0"]),
-        (["--scale", "many"], ["--scale", "'many' is no whole number above 0"]),
-        (["--scale", ""], ["--scale", "'' is no whole number above 0"]),
+        (["--scale", "0"], ["--scale", " 0 is no whole number above 0"]),
+        (["--scale", "-3"], ["--scale", " -3 is no whole number above 0"]),
+        (["--scale", "1.5"], ["--scale", "invalid int value: '1.5'"]),
+        (["--scale", "many"], ["--scale", "invalid int value: 'many'"]),
+        (["--scale", ""], ["--scale", "invalid int value: ''"]),
         (["--onl", "sum"], ["--onl"]),  # no abbreviations: a later option must not change them
         (["surplus"], ["surplus"]),
     ],

@@ -151,7 +151,7 @@ class RabbitMQ(Encrypted, servers.RabbitMQ):
 def by_pika(argv: list[str]) -> int:
     """What script 04 will do: connect, or tell an absence from a refusal."""
     try:
-        url = config.load_settings(dotenv_path=None).rabbitmq_url
+        url = config.load_settings(path=None).rabbitmq_url
         pika.BlockingConnection(pika.URLParameters(url)).close()
     except (AMQPConnectionError, config.ConfigError, OSError) as error:
         absent = type(error) is AMQPConnectionError or isinstance(error, ConnectionRefusedError)
