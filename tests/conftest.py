@@ -21,7 +21,6 @@ from pymongo.database import Database
 from running import SCRIPTS, Recorded, Whole, whole_run
 from services import (
     NOT_CONFIGURED,
-    ROOT,
     Ladder,
     Missing,
     mongo_client,
@@ -46,11 +45,6 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-@functools.cache
-def _has_fixtures_of_its_own(file: str) -> bool:
-    return 'scope="module"' in (ROOT / file).read_text(encoding="utf-8")
-
-
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
     """Two workers: a file with fixtures of its own, such as a server to kill, stays on one of them;
@@ -59,10 +53,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
         return None
     from xdist.scheduler import LoadScopeScheduling
 
+    @functools.cache
+    def has_fixtures_of_its_own(file: str) -> bool:
+        return 'scope="module"' in (config.rootpath / file).read_text(encoding="utf-8")
+
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return file if _has_fixtures_of_its_own(file) else nodeid
+            return file if has_fixtures_of_its_own(file) else nodeid
 
     return Scheduling(config, log)
 

@@ -879,8 +879,10 @@ def test_crosses_is_what_the_server_calls_intersects(
     places: Database[Document], start: Degrees, end: Degrees, polygons: list[Document]
 ) -> None:
     assume(apart(start, end))
-    for polygon in polygons:  # on one hemisphere with the line
-        assume(None not in on_a_flat_map(polygon, start, end)[1])
+    polygons = [  # on one hemisphere with the line
+        polygon for polygon in polygons if None not in on_a_flat_map(polygon, start, end)[1]
+    ]
+    assume(polygons)
     places.zones.delete_many({})
     places.zones.insert_many([{"_id": n, "area": polygon} for n, polygon in enumerate(polygons)])
     meets = {"area": {"$geoIntersects": {"$geometry": line(start, end)}}}
