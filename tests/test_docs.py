@@ -144,6 +144,7 @@ def outputs() -> Iterator[object]:
             yield pytest.param(script, introduction, output, id=f"{page.name}-{number}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "introduction", "output"), list(outputs()))
 def test_output_in_a_guide_is_from_a_run(
     script: str, introduction: str, output: str, recorded: Recorded

@@ -103,6 +103,7 @@ def test_without_timings_keeps_everything_else() -> None:
     assert without_timings("  users, committed:   2") != without_timings("  users, committed:   3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_server", [False, True], ids=["sqlite", "postgresql"])
 def test_a_whole_run(recorded: Recorded, on_server: bool) -> None:
     whole = recorded("01", on_server)

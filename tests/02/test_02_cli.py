@@ -190,6 +190,7 @@ def sections(output: str) -> dict[str, str]:
     return dict(zip(DEMOS, parts, strict=True))
 
 
+@pytest.mark.slow
 def test_a_whole_run(recorded: Recorded, mongo_uri: str) -> None:
     whole = recorded("02", True)
     ended = whole.ended
@@ -231,6 +232,7 @@ AT_THE_SMALLEST_SCALE: dict[str, Callable[[Any], bool]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEMOS)
 def test_each_demo_alone_at_the_smallest_scale(main: Main, mongo_uri: str, name: str) -> None:
     before = databases(mongo_uri)
@@ -246,6 +248,7 @@ def test_each_demo_alone_at_the_smallest_scale(main: Main, mongo_uri: str, name:
 # ── Without a server ────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_nothing_configured(recorded: Recorded) -> None:
     ended = recorded("02", False).ended
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -255,6 +258,7 @@ def test_nothing_configured(recorded: Recorded) -> None:
     assert re.search(r"^Demos: 11 in [\d.]+ s; none failed\.$", ended.stdout, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_offline_every_answer_is_labelled_and_every_gap_is_named(recorded: Recorded) -> None:
     shown = sections(recorded("02", False).ended.stdout)
     assert [name for name, text in shown.items() if "\n  note: " not in text] == []
@@ -350,7 +354,7 @@ def test_the_roles_of_the_guide_suffice(main: Main, own_mongo: servers.Mongo) ->
 
 def test_databases_that_may_not_be_dropped_are_named(main: Main, own_mongo: servers.Mongo) -> None:
     uri = make_user(own_mongo, "writer", *on_admin("readWriteAnyDatabase"))
-    ended = main("--scale", "5", "--only", "bulk", MONGODB_URI=uri)
+    ended = main(*QUICK, MONGODB_URI=uri)
     left = databases(own_mongo.url)
     with mongo_client(own_mongo.url) as client:
         for name in left:

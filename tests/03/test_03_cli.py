@@ -134,6 +134,7 @@ def stderr_of(ended: Ended) -> str:
     return OPENED.sub("", ended.stderr).strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_server", [False, True], ids=["offline", "online"])
 def test_a_whole_run(recorded: Recorded, on_server: bool) -> None:
     whole = recorded("03", on_server)
@@ -146,6 +147,7 @@ def test_a_whole_run(recorded: Recorded, on_server: bool) -> None:
     assert whole.left == set()
 
 
+@pytest.mark.slow
 def test_a_whole_run_on_redis(recorded: Recorded, redis_url: str) -> None:
     output = recorded("03", True).ended.stdout
     with redis_client(redis_url) as client:
@@ -156,6 +158,7 @@ def test_a_whole_run_on_redis(recorded: Recorded, redis_url: str) -> None:
     assert re.search(r"[\d,]+ calls short-circuited, 0 user errors", output)
 
 
+@pytest.mark.slow
 def test_a_whole_run_without_redis_names_every_gap(recorded: Recorded) -> None:
     output = recorded("03", False).ended.stdout
     unavailable, _, _ = output.partition(OFFLINE)
@@ -406,11 +409,11 @@ def test_json_logs_are_one_object_a_line_and_hold_no_password(
     main: Main, own: servers.Redis, root: redis.Redis
 ) -> None:
     variables = {"LOG_FORMAT": "json", "LOG_LEVEL": "DEBUG"}
-    ended = main("--only", "outage", "--json", REDIS_URL=own.url, **variables)
+    ended = main("--only", "failing_loader", "--json", REDIS_URL=own.url, **variables)
     records = [json.loads(line) for line in ended.stderr.splitlines()]
     assert records
     assert all({"time", "level", "logger", "message"} <= record.keys() for record in records)
-    assert list(demos_of(ended)) == ["outage"]
+    assert list(demos_of(ended)) == ["failing_loader"]
     assert own.password not in ended.stderr + ended.stdout
 
 
