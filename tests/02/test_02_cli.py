@@ -354,7 +354,7 @@ def test_the_roles_of_the_guide_suffice(main: Main, own_mongo: servers.Mongo) ->
 
 def test_databases_that_may_not_be_dropped_are_named(main: Main, own_mongo: servers.Mongo) -> None:
     uri = make_user(own_mongo, "writer", *on_admin("readWriteAnyDatabase"))
-    ended = main(*QUICK, MONGODB_URI=uri)
+    ended = main("--scale", "5", "--only", "design", MONGODB_URI=uri)
     left = databases(own_mongo.url)
     with mongo_client(own_mongo.url) as client:
         for name in left:
