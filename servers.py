@@ -194,7 +194,7 @@ class Server:
         self.ports = free_ports(self.port_count)
         self.port = self.ports[0]  # its clients'
         self.home = run.path / self.name
-        self.home.mkdir(0o700)
+        self.home.mkdir(0o700, exist_ok=True)
         self._log = run.path / f"{self.name}.log"
         self._run = run
         self._user: dict[str, Any] = {}  # options of Popen, where it is not ours

@@ -1,7 +1,8 @@
 """TLS against real servers whose certificate only a private authority vouches for: what is verified
 works, and whatever is wrong on either side is a refusal, never an absence (exit code 2).
 
-PostgreSQL, MongoDB and Redis by their scripts; RabbitMQ, whose script comes later, by pika.
+PostgreSQL, MongoDB and Redis by their scripts; RabbitMQ, whose script comes later, by pika. The
+wheels' PostgreSQL and Valkey are built without TLS: these two must be installed.
 """
 
 from __future__ import annotations
@@ -255,11 +256,11 @@ def started(authority: Authority) -> Iterator[Callable[[str], Any]]:
         if variable not in running:
             kind = SERVICES[variable].kind
             try:
-                server = kind(directory, kind.find())
-                server.certificate, server.ca_file = (
-                    authority.ca.issue_cert(HOST),
-                    authority.ca_file,
-                )
+                with pytest.MonkeyPatch.context() as environment:
+                    environment.setenv("SERVERS_IGNORE_INSTALLED", "0")
+                    server = kind(directory, kind.find())
+                server.certificate = authority.ca.issue_cert(HOST)
+                server.ca_file = authority.ca_file
                 server.start()
             except servers.ServerUnavailable as unavailable:
                 missing(unavailable)
