@@ -22,6 +22,8 @@ from services import ROOT, SERVICES, mongo_client, postgres_engine, redis_client
 
 import config
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT_S = 60.0  # a run of pytest; 2 s on an idle machine
 STEERING = {"SERVICES_FROM", "REQUIRE_SERVICES", "PYTEST_ADDOPTS"}
 STEERING |= {f"TEST_{variable}" for variable in config.SCHEMES}
