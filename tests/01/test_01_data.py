@@ -246,8 +246,9 @@ def test_seeding_stores_exactly_the_generated_rows(shop: sa.Engine) -> None:
             assert [dict(row) for row in connection.execute(query).mappings()] == expected
 
 
-def test_after_seeding_the_database_numbers_on(shop: sa.Engine) -> None:
-    with Session(shop) as session:
+def test_after_seeding_the_database_numbers_on(workspace: Any) -> None:
+    """Of a shop of its own: a sequence goes on also where a transaction is rolled back."""
+    with Session(workspace.create(SHOP_USERS)) as session:
         user = app.User(email="next@example.com", full_name="Next")
         session.add(user)
         session.flush()
