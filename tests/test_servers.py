@@ -324,6 +324,7 @@ def test_a_paused_server_still_stops_cleanly(running_servers: dict[str, Server])
     server.start()
 
 
+@pytest.mark.slow
 def test_a_second_set_is_another_set_and_leaves_nothing(
     running_servers: dict[str, Server],
 ) -> None:
@@ -632,6 +633,7 @@ def test_a_supervisor_killed_around_a_launch_leaves_nothing(
     assert not any(map(lives, left))
 
 
+@pytest.mark.slow
 def test_nothing_survives_a_sigkill_of_the_supervisor(
     supervise: Callable[..., Supervisor],
 ) -> None:
@@ -808,6 +810,7 @@ def can_enter(path: Path) -> bool:
     return asked.returncode == 0
 
 
+@pytest.mark.slow
 def test_an_unprivileged_user_gets_every_server() -> None:
     if os.geteuid() != 0:
         pytest.skip("these tests do not run as root: every other test shows it")
@@ -844,6 +847,7 @@ def reachable_python(copy: Path) -> str:
     return shutil.copy(python, copy / "bin")
 
 
+@pytest.mark.slow
 def test_root_gets_postgres_from_a_wheel_and_a_temporary_directory_closed_to_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

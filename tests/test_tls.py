@@ -356,6 +356,7 @@ def test_a_certificate_for_another_host(variable: str, url: Url, run: RunUrl) ->
     assert_refused(run(variable, url(variable, host=OTHER_NAME)), variable, UNVERIFIED)
 
 
+@pytest.mark.slow
 @every_service
 def test_a_certificate_that_has_expired(
     variable: str, url: Url, run: RunUrl, started: Callable[[str], Any], authority: Authority

@@ -230,6 +230,7 @@ ASKED: dict[str, Callable[[Document], bool]] = {  # the queries of the demo, in 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ASKED)
 def test_an_index_returns_what_the_scan_returns_and_reads_less(
     online: Online, events: list[Document], kind: str
@@ -382,6 +383,7 @@ def test_a_time_series_is_smaller_and_its_index_spares_buckets(online: Online) -
 # ── 7. Bulk ─────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_a_batch_is_one_round_trip(online: Online) -> None:
     result = online("bulk")
     assert result.round_trips == {
@@ -466,6 +468,7 @@ def test_a_token_too_old_is_code_286_where_the_oplog_can_be_filled(
 # ── 10. Async ───────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_motor_and_pymongo_give_the_sum_of_plain_python(online: Online, shop: Any) -> None:
     result = online("async")
     bought = (o for o in shop.generate("orders") if o["status"] == "paid" and o["country"] == "DE")

@@ -107,6 +107,7 @@ def is_online(either: Result, request: pytest.FixtureRequest) -> bool:
 # ── Memoisation ─────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_memoisation(offline: Result) -> None:
     """demo_memoisation takes no workspace."""
     result = offline("memoisation")
@@ -196,6 +197,7 @@ def test_ttl(offline: Result) -> None:
 # ── Stampede ────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_stampede(either: Result, is_online: bool) -> None:
     result = either("stampede")
     assert result.loads["naive"] > 1
