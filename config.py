@@ -101,7 +101,7 @@ def _read_dotenv(path: str) -> dict[str, str | None]:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}, line {line}: not UTF-8") from None
     for binding in parse_stream(io.StringIO(text)):
-        if binding.error:
+        if binding.error or "\0" in binding.original.string:  # UTF-16 without its mark
             line = binding.original.line + binding.original.string.rstrip().count("\n")
             raise ConfigError(f"{path}, line {line}: not NAME=value; is a quote left open?")
     return dotenv_values(stream=io.StringIO(text))
@@ -132,13 +132,13 @@ def _checked_url(variable: str, url: str) -> str:
         raise ConfigError(f"{variable}: expected {'://… or '.join(SCHEMES[variable])}://…")
     for pattern, flaw in FLAWS:
         if found := re.search(pattern, url, re.DOTALL):
-            raise ConfigError(f"{variable}: {flaw.format(*found.groups())}")
+            raise ConfigError(f"{variable}: malformed URL; {flaw.format(*found.groups())}")
     for file in re.findall(FILE_OPTION, unquote_plus(url.partition("?")[2])):
         if file != "system" and not os.access(file, os.R_OK):  # to libpq, system is no file
             raise ConfigError(f"{variable}: cannot read {file}, a file that the URL names")
     # libpq's form of a Unix socket, which SQLAlchemy would take for the name of a host.
     form = r"(?i)^(postgres.*(?://|@))(%2F[^@:/?]*)([^@?]*)(?:\?(.*))?$"
-    return re.sub(form, r"\1\3?host=\2&\4", url)
+    return re.sub(form, r"\1\3?host=\2&\4", url).rstrip("&")
 
 
 def redact(text: str) -> str:

@@ -117,6 +117,7 @@ BAD_FILES = {
     "no =": (b"A=1\n\nthis is no setting\n", 3, "not NAME=value"),
     "Latin-1": ("A=1\n# für Redis\nREDIS_URL=redis://h/0\n".encode("latin-1"), 2, "not UTF-8"),
     "UTF-16": ("REDIS_URL=redis://h/0\n".encode("utf-16"), 1, "not UTF-8"),
+    "UTF-16, no mark": ("REDIS_URL=redis://h/0\n".encode("utf-16-le"), 1, "not NAME=value"),
 }
 
 
@@ -869,7 +870,7 @@ ENDS = {
     "a setting": (
         {"REDIS_URL": "redis://:hunter2@h:port/0"},
         None,
-        "error: REDIS_URL: its port is no",
+        "error: REDIS_URL: malformed URL; its port is no",
     ),
     "a refusal": ({}, ConfigError("REDIS_URL: wrong password"), "error: REDIS_URL: wrong password"),
     "a failure": ({}, OSError("gone"), "error: OSError: gone\n(LOG_LEVEL=DEBUG"),
