@@ -55,6 +55,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
+import psycopg2
 import sqlalchemy as sa
 from alembic import op
 from alembic.autogenerate import compare_metadata
@@ -62,6 +63,7 @@ from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext, MigrationStep
 from alembic.script import Script
 from alembic.script.revision import RevisionMap
+from psycopg2.extensions import make_dsn
 from sqlalchemy import orm
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import (
@@ -2142,9 +2144,17 @@ def libpq_addresses(url: str) -> config.Addresses:
         ports = str(options.get("port", os.environ.get("PGPORT", ""))).split(",")
         numbers = [int(port or 5432) for port in ports] * (len(hosts) if len(ports) == 1 else 1)
         pairs = [pair for pair in zip(hosts, numbers, strict=True) if pair[0]]
+        make_dsn(**options)  # libpq knows the names of its options
         if "[" in hosts:  # of an IPv6 address in a list, which SQLAlchemy cuts at its first colon
             raise ValueError
-    except (ValueError, ArgumentError, TypeError):  # their words may quote the password
+        if not all(0 < number < 65536 for number in numbers):
+            raise ValueError
+    except (
+        ValueError,
+        ArgumentError,
+        TypeError,
+        psycopg2.ProgrammingError,
+    ):  # may quote a password
         problem = "malformed URL; is an option after the ? wrong?"
         raise config.ConfigError(f"DATABASE_URL: {problem}") from None
     return [(f"{h}/.s.PGSQL.{port}", None) if h[0] == "/" else (h, port) for h, port in pairs]

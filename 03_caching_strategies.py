@@ -4151,22 +4151,27 @@ def redis_address(client: redis.Redis) -> tuple[str, int | None]:
     options = client.connection_pool.connection_kwargs
     if "path" in options:
         return options["path"], None
-    return options.get("host", "localhost"), int(options.get("port", 6379))
+    port = int(options.get("port", 6379))
+    if not 0 < port < 65536:
+        raise ValueError("no port from 1 to 65535")
+    return options.get("host", "localhost"), port
 
 
 def open_redis(url: str, timeout_s: float) -> Workspace:
     """Raises ServiceUnavailable where nobody answers, ConfigError where we are refused."""
     shown = config.redact(url)
+    try:
+        probe = connect(url, timeout_s)
+        address = redis_address(probe)
+        path = urlsplit(url).path
+    except ValueError as error:
+        raise config.ConfigError(f"REDIS_URL: malformed URL; {error}") from None
     if url.startswith("unix:"):
         if not re.match(r"unix://([^/?]*@)?/", url):  # redis-py would take what follows the first /
             raise config.ConfigError("REDIS_URL: the path of a socket begins with /")
-    elif not re.fullmatch(r"/?\d*", urlsplit(url).path):  # redis-py would take 0
+    elif not re.fullmatch(r"/?\d*", path):  # redis-py would take 0
         raise config.ConfigError(f"REDIS_URL: {shown}: a database is a number")
-    try:
-        probe = connect(url, timeout_s)
-    except ValueError as error:
-        raise config.ConfigError(f"REDIS_URL: {shown}: {error}") from None
-    config.require_reachable("Redis", url, [redis_address(probe)], timeout_s)
+    config.require_reachable("Redis", url, [address], timeout_s)
     if probe.get_encoder().decode_responses:
         raise config.ConfigError(f"REDIS_URL: {shown}: the caches need decode_responses=false")
     try:

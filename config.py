@@ -34,7 +34,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 logger = logging.getLogger(__name__)
-
 WIDTH = 88  # columns: fits a split editor and a projector
 Arguments = Sequence[str] | None  # of the command line; None for sys.argv's
 Addresses = Sequence[tuple[str, int | None]]  # host and port, or path of a Unix socket and None
@@ -56,9 +55,9 @@ class ServiceUnavailable(Exception):
     """Nothing answers for a service: the script goes on with its offline tier."""
 
     def __init__(self, service: str, reason: str, url: str | None = None) -> None:
-        where = f" at {redact(url)}" if url else ""
+        service += f" at {redact(url)}" if url else ""
         start = "To start one: docker compose up -d --wait, or python servers.py run -- CMD"
-        super().__init__(f"{service}{where} is unavailable: {reason}.\n{start}")
+        super().__init__(f"{service} is unavailable: {reason}.\n{start}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +76,8 @@ class Settings:
 def load_settings(environ: Mapping[str, str] | None = None, path: str | None = ".env") -> Settings:
     """Read `environ`, or else `os.environ`, and for what it does not set the file at `path`. An
     empty variable is not configured. A ConfigError names the variable, and shows no secret."""
-    file = _read_dotenv(path or os.devnull)
-    values = {**file, **(os.environ if environ is None else environ)}
+    given = os.environ if environ is None else environ
+    values = {**_read_dotenv(path or os.devnull), **given}
     urls = {name.lower(): _checked_url(name, url) for name in SCHEMES if (url := values.get(name))}
     level = (values.get("LOG_LEVEL") or Settings.log_level).upper()
     form = (values.get("LOG_FORMAT") or Settings.log_format).lower()
@@ -100,6 +99,8 @@ def _read_dotenv(path: str) -> dict[str, str | None]:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}, line {line}: not UTF-8") from None
+    except OSError as error:  # a directory, or somebody else's
+        raise ConfigError(f"{path}: {error.strerror}") from None
     for binding in parse_stream(io.StringIO(text)):
         if binding.error or "\0" in binding.original.string:  # UTF-16 without its mark
             line = binding.original.line + binding.original.string.rstrip().count("\n")
@@ -107,12 +108,13 @@ def _read_dotenv(path: str) -> dict[str, str | None]:
     return dotenv_values(stream=io.StringIO(text))
 
 
-HOST = r"^[\w+]+://(?:[^@]*@)?+(?:[^/?]*,)?"  # what is before one; ?+ never gives the login back
+HOST = r"^[\w+]+://(?:[^@/?]*@)?+(?:[^/?]*,)?"  # what is before one; ?+ never gives the login back
 PORT = r"0*([1-9]\d{0,3}|[1-5]\d{4}|6[0-4]\d{3}|65[0-4]\d\d|655[0-2]\d|6553[0-5])"  # 1 to 65535
+# A raw / ? or # in a password ends the host for a parser, and what is before it may look like one.
+ENCODED = r"[\w+]+://([^@/?#\s]*@)?([^@/?#\s]*(/[^@?#\s]*)?|/[^?\s]*)(\?([^@]*|\w+=.*))?$"
 LIST = "?host=h1:5432&host=h2:5432&target_session_attrs=read-write"
 FLAWS = (  # what a driver would not read, or read otherwise; said without a word of the login
-    # A raw / ? or # in a password ends the host for a parser, and what is before it may look so.
-    (r"//.*[@/?#\s].*@|^[^?]*\s", "is a special character in its password not percent-encoded?"),
+    (rf"^(?!{ENCODED})", "is a special character, of its password perhaps, not percent-encoded?"),
     (rf"^(?=postgres){HOST}[^/?]*:[^/?]*,", f"it names several hosts: SQLAlchemy wants {LIST}"),
     (rf"^(?!mongodb:|post){HOST}[^/?]*,", "it names several hosts, and its driver takes one"),
     (rf"{HOST}([^][/?,:]*:[^][/?,]*:|\[[^]]*$)", "an IPv6 address belongs in brackets, as [::1]"),
@@ -120,13 +122,12 @@ FLAWS = (  # what a driver would not read, or read otherwise; said without a wor
     (r"^amqps?://[^/?]*/([^/?]*)/", "asks for virtual host '{}'; write %2F for the default one"),
 )
 # sslrootcert= tlsCAFile= ssl_certfile= …, or 'cafile': in ssl_options
-FILE_OPTION = r"(?i)(?:certs?|key|(?:ca|cert|key)file)(?:=|['\"]: *['\"])([^&'\"]+)"
+FILE_OPTION = r"(?i)(?:certs?|key|crl|ca_?path|(?:ca|cert|key)file)(?:=|['\"]: *['\"])([^&'\"]+)"
 
 
-def _checked_url(variable: str, url: str) -> str:
-    """`url` as its driver reads it. Of its options, only the files that they name are looked at."""
+def _checked_url(variable: str, url: str) -> str:  # its options are for its driver to judge
     # SQLAlchemy 2.1 would read both short forms as psycopg 3, which is not installed.
-    url = re.sub(r"^postgres(ql)?://", "postgresql+psycopg2://", url)
+    url = re.sub(r"^postgres(ql)?://", "postgresql+psycopg2://", url.strip())
     scheme, _, rest = url.partition("://")
     if scheme not in SCHEMES[variable] or not rest:
         raise ConfigError(f"{variable}: expected {'://… or '.join(SCHEMES[variable])}://…")
@@ -137,8 +138,9 @@ def _checked_url(variable: str, url: str) -> str:
         if file != "system" and not os.access(file, os.R_OK):  # to libpq, system is no file
             raise ConfigError(f"{variable}: cannot read {file}, a file that the URL names")
     # libpq's form of a Unix socket, which SQLAlchemy would take for the name of a host.
-    form = r"(?i)^(postgres.*(?://|@))(%2F[^@:/?]*)([^@?]*)(?:\?(.*))?$"
-    return re.sub(form, r"\1\3?host=\2&\4", url).rstrip("&")
+    return re.sub(r"(?i)^(postgr.*(?://|@))(%2F[^:/?]*)([^?]*)\??", r"\1\3?host=\2&", url).rstrip(
+        "&"
+    )
 
 
 def redact(text: str) -> str:

@@ -38,7 +38,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
 import psutil
@@ -46,9 +45,8 @@ import psutil
 START_TIMEOUT_S = 30.0  # a server; RabbitMQ, the slowest, takes 6 s on two cores
 STOP_TIMEOUT_S = 10.0  # for a server or CMD to end cleanly; then SIGKILL. The slowest takes 2 s
 KILL_TIMEOUT_S = 4.0  # the same where the data go too; to end what got SIGKILL, to remove files
-FETCH_TIMEOUT_S = 300.0  # each of two downloads: package lists, 10 MB; packages, 35 MB
-PROBE_TIMEOUT_S = 1  # one attempt to log in, over loopback
-POLL_S = 0.05
+FETCH_TIMEOUT_S = 600.0  # of two downloads: package lists, 10 MB; packages, 35 MB
+PROBE_TIMEOUT_S, POLL_S = 1, 0.05  # an attempt to log in, over loopback; between two
 PORTS = range(20_000, 32_768)  # below the ephemeral ones: no client gets that of a server killed
 OPEN_FILES = 4096  # Erlang sets memory aside for each file it may open; containers allow 10⁹
 LOCALE = "C.UTF-8" if sys.platform == "linux" else "en_US.UTF-8"
@@ -68,6 +66,9 @@ class ServerUnavailable(Exception):
         self.reason = reason
         self.remedy = remedy
 
+    def throw(self) -> None:
+        raise self
+
 
 # ── 1. The processes of a set of servers, its directory, its reaper ─────────────────
 
@@ -75,8 +76,7 @@ Launched = tuple[psutil.Process, int]  # and the signal that asks it for a clean
 
 
 def _family(process: psutil.Process) -> list[psutil.Process]:
-    """`process` and its descendants. PostgreSQL's and Erlang's children lead sessions of their own,
-    so that no process group would reach them."""
+    """`process` and its descendants; some lead sessions of their own, out of a group's reach."""
     try:
         return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
@@ -108,13 +108,13 @@ class RunDirectory:
     _REGISTER = 'echo "$$ $1" >&0; ulimit -n "$2" 2>/dev/null; shift 2; exec "$@" </dev/null'
 
     def __init__(self) -> None:
-        base = "/tmp" if os.geteuid() == 0 else None  # root's $TMPDIR may be closed to UNPRIVILEGED
+        # Root's $TMPDIR may be closed to UNPRIVILEGED, and RabbitMQ takes no space in a path.
+        base = "/tmp" if os.geteuid() == 0 or " " in tempfile.gettempdir() else None
         self.path = Path(tempfile.mkdtemp(prefix=f"servers-py.{os.getpid()}.", dir=base))
-        self.path.chmod(0o711)  # UNPRIVILEGED must get through, and need not look around
+        self.path.chmod(0o711)  # UNPRIVILEGED gets through, and need not look around
         self._launched: list[Launched] = []
         reading_end, self._pipe = os.pipe()
-        # In a session of its own, so that the terminal's signals do not reach it. A child of the
-        # supervisor by a bare fork inherits the pipe, and keeps the set alive.
+        # A session of its own: the terminal's signals do not reach it.
         self._reaper = subprocess.Popen(
             [sys.executable, __file__, "reap", str(self.path)],
             stdin=reading_end, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -139,7 +139,8 @@ class RunDirectory:
         """End every process of the set, remove the directory, let the reaper go."""
         _dispose(self.path, self._launched)
         os.close(self._pipe)
-        self._reaper.wait(KILL_TIMEOUT_S)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # where a forked child has it, too
+            self._reaper.wait(KILL_TIMEOUT_S)
 
 
 def _dispose(directory: Path, launched: Sequence[Launched]) -> None:
@@ -171,10 +172,7 @@ class Installation(NamedTuple):
 
 
 class Server:
-    """One server on 127.0.0.1. `start()` returns when a client can log in.
-
-    Its port, password and data outlive `stop()` and `kill()`, until its set is closed.
-    """
+    """One server on 127.0.0.1. Its port, password and data outlive `stop()` and `kill()`."""
 
     name: str
     variable: str  # the environment variable that brings scripts its URL
@@ -273,6 +271,8 @@ class Server:
             try:
                 self._log_in()
                 return
+            except ImportError:  # no driver
+                raise
             except Exception as error:  # a server that boots makes its driver raise anything
                 if time.monotonic() > deadline:
                     self.kill()
@@ -349,17 +349,20 @@ def _newest_first(paths: Iterable[Path]) -> list[Path]:
 
 # ── 3. RabbitMQ's packages of Debian or Ubuntu, fetched and unpacked without root ────
 
-# Run in an empty directory; apt checks the signatures. With no status file all that RabbitMQ needs
-# is listed, whatever is installed. bin/erl stands for Erlang's own, in which /usr/lib is written.
+# Run in an empty directory; killed with its children when its standard input ends. apt checks the
+# signatures, and without a status file lists all that RabbitMQ needs. Debian's own erl has /usr/lib
+# written in.
 FETCH_RABBITMQ = r"""
 set -eu
+exec 3<&0 >log 2>&1
+{ cat; kill -9 -- -$$; } <&3 &
 mkdir -p lists/partial packages root/bin
 here=$PWD
 apt() {
     LC_ALL=C apt-get -oDir::State="$here" -oDir::State::status=/dev/null -oAcquire::Retries=1 \
         -oDir::Cache="$here/cache" -oDebug::NoLocking=1 -oAPT::Sandbox::User=root "$@"
 }
-apt update
+apt update || true  # a source that is not theirs may be broken
 listed=$(apt -s --no-install-recommends install rabbitmq-server)
 names=$(echo "$listed" | sed -nE 's/^Inst (erlang-[^ ]+|rabbitmq-server) .*/\1/p')
 cd packages && apt download $names
@@ -387,6 +390,8 @@ def fetched_rabbitmq() -> Path:
     try:
         if _is_whole(root):
             return root
+        if not shutil.which("apt-get"):
+            raise ServerUnavailable("rabbitmq", "not found", RabbitMQ.remedy)
         FETCHED.mkdir(parents=True, exist_ok=True)
         with (FETCHED / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -399,20 +404,20 @@ def fetched_rabbitmq() -> Path:
                 (workshop / "root").rename(root)
                 shutil.rmtree(workshop)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ServerUnavailable("rabbitmq", str(error), RabbitMQ.remedy) from error
+        reason = f"not fetched: {type(error).__name__}"
+        raise ServerUnavailable("rabbitmq", reason, RabbitMQ.remedy) from error
     return root
 
 
 def _run_fetch(workshop: Path) -> None:
-    with (workshop / "log").open("w+") as log:
-        done = subprocess.run(
-            ["sh", "-c", FETCH_RABBITMQ], cwd=workshop, stdin=subprocess.DEVNULL,
-            stdout=log, stderr=subprocess.STDOUT, timeout=FETCH_TIMEOUT_S,
-        )  # fmt: skip
-        log.seek(0)
-        told = re.search(r"^(?:[EW]|sh|dpkg-deb: error): .+$", log.read(), re.MULTILINE)
-    if done.returncode:
-        reason = f"not found, and not fetched: {told[0] if told else log.name}"
+    command = ["sh", "-c", FETCH_RABBITMQ]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=workshop, stdin=pipe, start_new_session=True) as fetching:
+        status = fetching.wait(FETCH_TIMEOUT_S)
+    log = (workshop / "log").read_text(errors="replace")
+    if status:
+        told = re.search(r"^(?:[EW]|sh|dpkg-deb: error): .+$", log, re.MULTILINE)
+        reason = f"not found, and not fetched: {told[0] if told else f'status {status}'}"
         raise ServerUnavailable("rabbitmq", reason, RabbitMQ.remedy)
     (workshop / "root/bytes").write_text(_bytes_below(workshop / "root"))
 
@@ -423,7 +428,8 @@ def _is_whole(root: Path) -> bool:
 
 
 def _bytes_below(root: Path) -> str:
-    return str(sum(path.lstat().st_size for path in (root / "usr").rglob("*")))
+    files = filter(Path.is_file, root.glob("*/**/*"))  # not `bytes` itself, nor directories
+    return str(sum(path.stat().st_size for path in files))
 
 
 # ── 4. The four servers ─────────────────────────────────────────────────────────────
@@ -464,8 +470,7 @@ class Postgres(Server):
         os.unlink(password_file)
 
     def _copy_installation(self) -> None:
-        """Root's wheel may be below a directory closed to others, say /root: copy it, as laid out
-        there, because programs find their libraries relative to themselves."""
+        """Of a wheel below a directory closed to others, say /root; with the libraries beside."""
         package, copy = self._bin.parent.parent, self._run.path / "installation"
         for source in package.parent.glob(f"{package.name}*"):  # and its libraries
             shutil.copytree(source, copy / source.name, symlinks=True, dirs_exist_ok=True)
@@ -621,9 +626,9 @@ class RabbitMQ(Server):
             "RABBITMQ_MNESIA_BASE": f"{self.home}/data",
             "RABBITMQ_LOG_BASE": f"{self.home}/log",
             "RABBITMQ_LOGS": "-",
-            # Two schedulers are enough. An epmd that the node started would be nobody's child.
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 2:2 -start_epmd false"
-            " -kernel inet_dist_use_interface {127,0,0,1}",
+            # For each erl, also one by which the node would start an epmd that is nobody's child.
+            "ERL_FLAGS": "-start_epmd false -kernel inet_dist_use_interface {127,0,0,1}",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 2:2",  # two schedulers are enough
             # Makes the script become the Erlang VM, rather than wait for it.
             "RUNNING_UNDER_SYSTEMD": "true",
         }
@@ -643,13 +648,9 @@ SERVERS = {server.name: server for server in (Postgres, Mongo, Redis, RabbitMQ)}
 # ── 5. A set of servers, and the command line ───────────────────────────────────────
 
 
-def _raise(missing: ServerUnavailable) -> None:
-    raise missing
-
-
 @contextlib.contextmanager
 def running(
-    *names: str, on_missing: Callable[[ServerUnavailable], None] = _raise
+    *names: str, on_missing: Callable[[ServerUnavailable], None] = ServerUnavailable.throw
 ) -> Iterator[dict[str, Server]]:
     """Start the named servers at once; end them and remove their data on leaving.
 
@@ -681,14 +682,12 @@ def _say(text: object) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _on_signal(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + signum)  # an exception, so that every `finally` runs
-
-
 def serve(only: Sequence[str], command: Sequence[str]) -> int:
     """Start servers, run `command` with their URLs in its environment, return its exit code; with
     no command print the URLs as `export` lines, and wait for a signal."""
-    with running(*(only or SERVERS), on_missing=_raise if only else _say) as servers:
+    with running(
+        *(only or SERVERS), on_missing=ServerUnavailable.throw if only else _say
+    ) as servers:
         for name, server in servers.items():
             _, product, version, origin = server.installation
             _say(f"{name}: {product} {version} from {origin}, port {server.port}")
@@ -719,8 +718,9 @@ def _run(command: Sequence[str], urls: Mapping[str, str]) -> int:
             child.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(STOP_TIMEOUT_S)
-        child.kill()
         raise
+    finally:
+        child.kill()  # where it heeded no signal, or there was a second one
     return status if status >= 0 else 128 - status  # as a shell reports a signal's death
 
 
@@ -738,7 +738,7 @@ def main(argv: list[str]) -> int:
         parser.error("run takes a command after --, and up takes none")
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) is not signal.SIG_IGN:  # under nohup it is
-            signal.signal(signum, _on_signal)
+            signal.signal(signum, lambda number, _: sys.exit(128 + number))  # each `finally` runs
     try:
         return serve(options.only, command)
     except ServerUnavailable as missing:
