@@ -2,8 +2,7 @@
 
     raise SystemExit(run_script(__doc__, DEMOS, open_resources, argv))
 
-Importing it does nothing. Only this module and the `demo_*` functions print.
-"""
+Importing it does nothing. Only this module and the `demo_*` functions print."""
 
 from __future__ import annotations
 
@@ -138,9 +137,8 @@ def _checked_url(variable: str, url: str) -> str:  # its options are for its dri
         if file != "system" and not os.access(file, os.R_OK):  # to libpq, system is no file
             raise ConfigError(f"{variable}: cannot read {file}, a file that the URL names")
     # libpq's form of a Unix socket, which SQLAlchemy would take for the name of a host.
-    return re.sub(r"(?i)^(postgr.*(?://|@))(%2F[^:/?]*)([^?]*)\??", r"\1\3?host=\2&", url).rstrip(
-        "&"
-    )
+    url = re.sub(r"(?i)^(postgr.*(?://|@))(%2F[^:/?]*)([^?]*)\??", r"\1\3?host=\2&", url)
+    return url.rstrip("&")
 
 
 def redact(text: str) -> str:
