@@ -1063,6 +1063,19 @@ def test_a_transfer_that_failed_is_not_booked_and_its_key_can_be_used(managers: 
     assert balances(managers.database) == {"ada": 0, "bob": 2}
 
 
+def end_idle_transactions(client: pymongo.MongoClient[Any]) -> None:
+    """A deadline leaves no time to abort: the server would do so after a minute, hold the locks,
+    and keep in its cache what has changed since."""
+    idle = client.admin.aggregate(
+        [
+            {"$currentOp": {"idleSessions": True, "allUsers": True}},
+            {"$match": {"transaction.timeInactiveMicros": {"$gt": 0}, "type": "idleSession"}},
+        ]
+    )
+    if sessions := [{"id": session["lsid"]["id"]} for session in idle]:
+        client.admin.command("killSessions", sessions)
+
+
 def test_a_transfer_that_another_holds_up_ends_with_its_deadline(
     make_managers: MakeManagers,
 ) -> None:
@@ -1072,6 +1085,7 @@ def test_a_transfer_that_another_holds_up_ends_with_its_deadline(
     with holding(database, "bob"), pytest.raises(app.TimedOut):
         managers.transfer("ada", "bob", Decimal(1))
     assert balances(database) == {"ada": 10, "bob": 5}
+    end_idle_transactions(database.client)
 
 
 # ── asyncio's own ───────────────────────────────────────────────────────────────────
