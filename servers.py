@@ -355,7 +355,7 @@ def _newest_first(paths: Iterable[Path]) -> list[Path]:
 FETCH_RABBITMQ = r"""
 set -eu
 exec 3<&0 >log 2>&1
-{ cat; kill -9 -- -$$; } <&3 &
+{ cat; kill -s KILL -- -$$; } <&3 &
 mkdir -p lists/partial packages root/bin
 here=$PWD
 apt() {

@@ -29,7 +29,7 @@ from typing import Any, ClassVar, NoReturn
 import psutil
 import pytest
 import sqlalchemy
-from services import ROOT, load_script, mongo_client, postgres_engine, redis_client
+from services import ROOT, is_required, load_script, mongo_client, postgres_engine, redis_client
 
 import config
 
@@ -288,7 +288,7 @@ def demos_of(ended: Ended) -> dict[str, dict[str, object]]:
 
 def missing(reason: object) -> NoReturn:
     """A server that cannot be had: a failure where REQUIRE_SERVICES=1, else a skip."""
-    report = pytest.fail if os.environ.get("REQUIRE_SERVICES") == "1" else pytest.skip
+    report = pytest.fail if is_required() else pytest.skip
     report(str(reason))
     raise AssertionError  # either raised
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -381,6 +382,11 @@ class Served:
     source: str  # explicit, docker or local
 
 
+def is_required(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether a missing server is a failure."""
+    return environ.get("REQUIRE_SERVICES", "") not in ("", "0")
+
+
 class Ladder:
     """Gives each service's URL, from a server that it starts when first asked and keeps.
 
@@ -392,7 +398,7 @@ class Ladder:
         self._asked_for = environ.get("SERVICES_FROM", "")
         if self._asked_for not in ("", *RUNGS):
             raise ValueError(f"SERVICES_FROM={self._asked_for}: expected {' or '.join(RUNGS)}")
-        self._required = environ.get("REQUIRE_SERVICES", "") not in ("", "0")
+        self._required = is_required(environ)
         self._rungs: dict[str, Callable[[Service], AbstractContextManager[str]]] = {
             "docker": Docker().running,
             "local": _local,

@@ -31,6 +31,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from running import logging_as_before
 
 import config
 from config import ConfigError, Run, ServiceUnavailable, Settings, load_settings, redact
@@ -47,11 +48,8 @@ def _nothing_of_the_developers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     for name in SETTING_NAMES:
         monkeypatch.delenv(name, raising=False)
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    with logging_as_before():
+        yield
 
 
 # ── Settings ────────────────────────────────────────────────────────────────────────

@@ -35,6 +35,7 @@ from pymongo.errors import PyMongoError
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
+from running import missing
 
 import servers
 from servers import SERVERS, Server, ServerUnavailable
@@ -62,10 +63,8 @@ def require(*names: str) -> None:
     for name in names:
         try:
             SERVERS[name].find()
-        except ServerUnavailable as missing:
-            if os.environ.get("REQUIRE_SERVICES") == "1":
-                pytest.fail(str(missing))
-            pytest.skip(str(missing))
+        except ServerUnavailable as unavailable:
+            missing(unavailable)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -590,6 +589,16 @@ def test_a_sigterm_is_handed_to_the_command_and_ends_everything(
     assert supervisor.nothing_is_left()
 
 
+def test_a_second_ctrl_c_leaves_no_command(supervise: Callable[..., Supervisor]) -> None:
+    supervisor = supervise("redis")
+    supervisor.command.suspend()  # deaf to the first one
+    os.killpg(supervisor.process.pid, signal.SIGINT)
+    assert not eventually(lambda: supervisor.process.poll() is not None, 0.3)
+    supervisor.process.send_signal(signal.SIGINT)
+    assert supervisor.process.wait(DEADLINE_S) == 130
+    assert eventually(lambda: not lives(supervisor.command))
+
+
 def test_a_sigkill_of_the_command_ends_everything(supervise: Callable[..., Supervisor]) -> None:
     supervisor = supervise("redis")
     supervisor.command.kill()
@@ -769,9 +778,7 @@ def test_a_broken_or_half_made_fetch_is_made_again(
     assert calls(fetching) == ONCE * 4
 
 
-def test_without_a_network_one_line_says_so(
-    fetching: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_network_one_line_says_so(fetching: Path) -> None:
     (fetching.parent / "bin/apt-get").write_text(
         "#!/bin/sh\necho 'W: Failed to fetch X  Could not resolve host'\n"
         "case $* in *install*) echo 'E: Unable to locate package' >&2; exit 100;; esac\n"
@@ -779,6 +786,58 @@ def test_without_a_network_one_line_says_so(
     with pytest.raises(ServerUnavailable, match=r"not fetched: W: Failed to fetch X") as caught:
         SERVERS["rabbitmq"].find()
     assert "\n" not in str(caught.value)
+
+
+def test_without_apt_nothing_is_announced(
+    nothing_installed: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ServerUnavailable, match=r"^rabbitmq: not found; "):
+        SERVERS["rabbitmq"].find()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_broken_source_of_somebody_elses_does_no_harm(fetching: Path) -> None:
+    """apt-get update then ends with 100, having fetched the other lists."""
+    apt = fetching.parent / "bin/apt-get"
+    broken = "case $* in *update*) echo 'E: x is not signed' >&2; exit 100;; esac\n"
+    apt.write_text(APT.replace("#!/bin/sh\n", f"#!/bin/sh\n{broken}"))
+    assert SERVERS["rabbitmq"].find().version == "9.9.9"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_a_fetch_ends_with_whoever_started_it(fetching: Path, signum: signal.Signals) -> None:
+    apt = fetching.parent / "bin/apt-get"
+    apt.write_text(f"#!/bin/sh\nexec {' '.join(SLEEPER)}\n")
+    code = (
+        "import servers, sys; servers.FETCHED = servers.Path(sys.argv[1])\n"
+        "servers.main(sys.argv[2:])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(fetching), *"run --only rabbitmq -- true".split()],
+        cwd=SCRIPT.parent,
+    )
+    family: list[psutil.Process] = []
+
+    def downloads() -> bool:
+        family[:] = descendants(process.pid)
+        return any(member.cmdline() == SLEEPER for member in family)
+
+    assert eventually(downloads)
+    process.send_signal(signum)
+    assert process.wait(DEADLINE_S) in (143, -signal.SIGKILL)
+    assert eventually(lambda: not any(map(lives, family)))
+
+
+@pytest.mark.slow
+def test_an_epmd_that_dies_is_not_replaced_by_a_daemon() -> None:
+    """RabbitMQ looks for it every minute, and would start one that outlives the set."""
+    require("rabbitmq")
+    with servers.running("rabbitmq") as started:
+        server = started["rabbitmq"]
+        (epmd,) = (p for p in processes_below(directory_of(server)) if p.name() == "epmd")
+        epmd.kill()
+        assert not eventually(lambda: accepts(server.ports[2]), 65)
+        log_in("rabbitmq", server.url)
 
 
 @pytest.mark.slow
@@ -817,7 +876,7 @@ def test_an_unprivileged_user_gets_every_server() -> None:
     require(*SERVERS)
     packages = Path(pika.__file__).parents[1]
     if not (can_enter(packages) and can_enter(SCRIPT.parent)):
-        pytest.skip("nobody can reach neither the packages nor the checkout")
+        pytest.skip("the packages or the checkout are closed to nobody")
     with tempfile.TemporaryDirectory(dir="/tmp") as home:
         shutil.chown(home, "nobody")
         done = subprocess.run(

@@ -251,14 +251,20 @@ def started(authority: Authority) -> Iterator[Callable[[str], Any]]:
     """The server with TLS of a variable, started when it is first asked for."""
     directory = servers.RunDirectory()
     running: dict[str, Any] = {}
+    without_tls: dict[str, str] = {}  # why, for the next test
 
     def start(variable: str) -> Any:
         if variable not in running:
             kind = SERVICES[variable].kind
+            if variable in without_tls:
+                missing(without_tls[variable])
             try:
                 with pytest.MonkeyPatch.context() as environment:
                     environment.setenv("SERVERS_IGNORE_INSTALLED", "0")
                     server = kind(directory, kind.find())
+                if kind in (Postgres, Redis) and server.installation.origin.startswith("wheel"):
+                    without_tls[variable] = f"{server.installation.origin} is built without TLS"
+                    missing(without_tls[variable])
                 server.certificate = authority.ca.issue_cert(HOST)
                 server.ca_file = authority.ca_file
                 server.start()
