@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 REQUIREMENTS := requirements.txt requirements/servers.txt requirements/dev.txt
 CONSTRAINTS := requirements/constraints.txt
-# Of the tests: each starts servers of its own, and one core is busy with them.
+# Processes that share the tests; each starts servers of its own.
 WORKERS ?= 2
 TESTS ?= tests
 # They came before the limit; each is to be shortened in its turn.
