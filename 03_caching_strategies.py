@@ -3611,7 +3611,7 @@ def demo_outage(workspace: Workspace | None, catalogue: Catalogue) -> OutageResu
             phases = {"refused": _refused_throughout(catalogue)}
             _show_phases(phases)
             return OutageResult(failures, phases, [], [], None)
-        note("on a redis-server that this demo starts, stops and kills: yours is not touched")
+        note(f"on a {Path(program).name} that this demo starts, stops and kills, not on yours")
         with PrivateRedis(program) as server:
             drill = OutageDrill(server, catalogue)
             phases = drill.run()
