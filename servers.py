@@ -517,7 +517,7 @@ class Mongo(Server):
             str(self.installation.binary), "--dbpath", "data",
             "--bind_ip", "127.0.0.1", "--port", str(self.port), "--nounixsocket",
             "--replSet", "rs0", "--keyFile", key_file,
-            "--wiredTigerCacheSizeGB", "0.25",  # the default is half of the machine's memory
+            "--wiredTigerCacheSizeGB", "0.5",  # takes a document of 16 MiB; default: half of memory
             "--networkMessageCompressors", "snappy",  # not zlib: CVE-2025-14847
             # Small, and with a checkpoint every two seconds (a checkpoint is what lets it be cut):
             # script 02 fills it, to show a change stream whose resume token has fallen out of it.

@@ -264,7 +264,7 @@ def test_kill_then_start_keeps_port_and_durable_data(name: str, server: Server) 
     assert server.pid != pid
     assert (server.url, server.port) == (url, port)
     # Redis is a cache here: restarted, it is cold.
-    assert read(name, url) == ([] if name == "redis" else ["precious"])
+    assert ("precious" in read(name, url)) == (name != "redis")
 
 
 @each_service
