@@ -836,6 +836,7 @@ def test_an_epmd_that_dies_is_not_replaced_by_a_daemon() -> None:
         server = started["rabbitmq"]
         (epmd,) = (p for p in processes_below(directory_of(server)) if p.name() == "epmd")
         epmd.kill()
+        epmd.wait(DEADLINE_S)
         assert not eventually(lambda: accepts(server.ports[2]), 65)
         log_in("rabbitmq", server.url)
 
