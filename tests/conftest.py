@@ -194,9 +194,10 @@ def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         with file.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not file.exists():
-                url = request.getfixturevalue(script.fixture) if on_server else ""
+                fixtures = [script.fixture, *(script.second or ())[2:]] if on_server else []
+                urls = map(request.getfixturevalue, fixtures)
                 file.write_bytes(
-                    pickle.dumps(whole_run(script, tmp_path_factory.mktemp("run"), url))
+                    pickle.dumps(whole_run(script, tmp_path_factory.mktemp("run"), *urls))
                 )
             return cast(Whole, pickle.loads(file.read_bytes()))
 

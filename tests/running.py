@@ -62,6 +62,11 @@ def keys(url: str) -> set[str]:
         return {key.decode() for key in client.scan_iter(match="module8-*", count=1000)}
 
 
+def unlisted(_: str) -> set[str]:
+    """AMQP cannot list queues; test_04_cli.py asks for each that a run has declared."""
+    return set()
+
+
 @dataclass(frozen=True)
 class Script:
     path: Path
@@ -73,6 +78,7 @@ class Script:
     quick: tuple[str, str]  # two demos, in reading order
     made: Callable[[str], set[str]]  # what runs of it have on the server of a URL at present
     patience: str = ""  # options of the URL by which a busy machine is no outage
+    second: tuple[str, str, str] | None = None  # another server's service, variable and fixture
 
     def url_at(self, address: str) -> str:
         return self.url.format(address=address)
@@ -94,6 +100,12 @@ SCRIPTS = {
         f"redis://app:{SECRET}@{{address}}/0",
         "no Redis: the in-process tier alone\n", ("ttl", "failing_loader"), keys,
         "timeout=10&socket_timeout=10&socket_connect_timeout=10",
+    ),
+    "04": Script(
+        ROOT / "04_rabbitmq_messaging.py", "RabbitMQ", "RABBITMQ_URL", "rabbitmq_url",
+        f"amqp://app:{SECRET}@{{address}}/%2F",
+        "a broker in memory, SQLite in place of MongoDB\n", ("routing", "poison"), unlisted,
+        second=("MongoDB", "MONGODB_URI", "mongo_uri"),
     ),
 }  # fmt: skip
 
@@ -217,14 +229,21 @@ class Whole:
     left: set[str]
 
 
-def whole_run(script: Script, home: Path, url: str = "") -> Whole:
-    """On the server of `url`, or offline."""
+def whole_run(script: Script, home: Path, url: str = "", second_url: str = "") -> Whole:
+    """On the server of `url`, and the second one's, or offline."""
     if not url:
         return Whole(Run(script.path, home)(), set())
-    before = script.made(url)
+
+    def made() -> set[str]:
+        return script.made(url) | (databases(second_url) if second_url else set())
+
+    before = made()
     patient = f"{url}{'&' if '?' in url else '?'}{script.patience}" if script.patience else url
-    ended = Run(script.path, home)(**{script.variable: patient})
-    return Whole(ended, script.made(url) - before)
+    variables = {script.variable: patient}
+    if script.second:
+        variables[script.second[1]] = second_url
+    ended = Run(script.path, home)(**variables)
+    return Whole(ended, made() - before)
 
 
 Recorded = Callable[[str, bool], Whole]  # number of a script, on its server?
@@ -303,5 +322,8 @@ def assert_offline(
     pattern = f"{script.service} at {shown}.* is unavailable: .*{reason}"
     assert re.match(pattern, unavailable), unavailable
     assert START in " ".join(unavailable.split())
-    assert len(unavailable.splitlines()) == 2  # the reason and the remedy, a line each
+    assert len(unavailable.splitlines()) == (4 if script.second else 2)  # reason and remedy
+    if script.second:
+        second, variable, _ = script.second
+        assert f"\n{second} is unavailable: {variable} is not set.\n" in unavailable
     assert SECRET not in ended.stdout

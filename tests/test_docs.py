@@ -34,7 +34,8 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 SCRIPTS = sorted(ROOT.glob("0?_*.py"))
 README = ROOT / "README.md"
 README_BYTES = 6 * 1024  # a beginner reads it whole
-SERVERS = {"01": "PostgreSQL", "02": "MongoDB", "03": "Redis"}  # as a paragraph names them
+# As a paragraph names them.
+SERVERS = {"01": "PostgreSQL", "02": "MongoDB", "03": "Redis", "04": "RabbitMQ"}
 ELISION = "# …"
 BLOCK = re.compile(
     r"(?P<head>(?:<!-- from (?P<file>\S+): (?P<name>\S+) -->\n)?```python\n)(?P<code>.*?)^```$",

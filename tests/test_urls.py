@@ -132,9 +132,16 @@ def test_a_url_that_its_driver_would_misread_is_refused(
     assert (ENCODE in str(caught.value)) is (problem == ENCODE)
 
 
+NAMES = {
+    "DATABASE_URL": "01_sqlalchemy_advanced",
+    "MONGODB_URI": "02_mongodb_advanced",
+    "REDIS_URL": "03_caching_strategies",
+    "RABBITMQ_URL": "04_rabbitmq_messaging",
+}
+
+
 def script(variable: str) -> ModuleType:
-    number = {"DATABASE_URL": "01_sqlalchemy", "MONGODB_URI": "02_mongodb"}.get(variable)
-    return importlib.import_module(f"{number}_advanced" if number else "03_caching_strategies")
+    return importlib.import_module(NAMES[variable])
 
 
 def opened(variable: str, url: str) -> object:
@@ -144,7 +151,9 @@ def opened(variable: str, url: str) -> object:
         return script(variable).server_version(checked, 0.1)
     if variable == "MONGODB_URI":
         return script(variable).connect(checked, 0.1, script(variable).CommandLog())
-    return script(variable).open_redis(checked, 0.1)
+    if variable == "REDIS_URL":
+        return script(variable).open_redis(checked, 0.1)
+    return script(variable).open_rabbitmq(checked, 0.1)
 
 
 OPTION = "is an option after the ? wrong?"
@@ -167,6 +176,13 @@ OPTION = "is an option after the ? wrong?"
         ("REDIS_URL", "redis://user:pa[ss@h", "malformed URL"),
         ("REDIS_URL", "unix://?db=1", "a socket begins with /"),
         ("REDIS_URL", "unix://:12345@run/redis.sock", "a socket begins with /"),  # or /redis.sock
+        ("RABBITMQ_URL", "amqp://u:12345@h/%2F?heartbeat=abc", "heartbeat"),  # pika's ValueError
+        ("RABBITMQ_URL", "amqp://u:12345@h/?socket_timeout=-1", "socket_timeout"),
+        ("RABBITMQ_URL", "amqp://u:12345@h/?hartbeat=5", "hartbeat"),
+        ("RABBITMQ_URL", "amqps://u:12345@h/?ssl_options={", "closed"),
+        ("RABBITMQ_URL", "amqps://u:12345@h/?ssl_options=%7B'key':1}", "cafile, capath"),
+        ("RABBITMQ_URL", "amqps://u:12345@h/?ssl_options=5", "'int'"),
+        ("RABBITMQ_URL", "amqp://u:12345@h/?ssl_options={'password':'12345'}", "ssl_options"),
     ],
 )
 def test_what_only_its_driver_can_read_is_refused_by_the_script(
@@ -188,7 +204,7 @@ def addresses(variable: str, url: str) -> list[tuple[str, int | None]]:
         return list(parse_uri(checked)["nodelist"])
     if variable == "REDIS_URL":
         return [script(variable).redis_address(script(variable).connect(checked))]
-    parameters = pika.URLParameters(checked)
+    parameters = script(variable).RabbitMQ(checked).parameters()
     return [(parameters.host, parameters.port)]
 
 
