@@ -4,6 +4,7 @@ test_tls.py."""
 from __future__ import annotations
 
 import re
+import signal
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -178,6 +179,12 @@ def test_two_runs_at_once(tmp_path: Path, rabbitmq_url: str, mongo_uri: str) -> 
     }  # fmt: skip
 
 
+def hears_ctrl_c(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    (ignored,) = re.findall(r"^SigIgn:\s+(\w+)$", status, re.MULTILINE)
+    return not int(ignored, 16) & 1 << signal.SIGINT - 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("demo", ["pipeline", "outbox", "crash"])
 def test_ctrl_c_in_the_middle(demo: str, tmp_path: Path, rabbitmq_url: str, mongo_uri: str) -> None:
@@ -190,6 +197,7 @@ def test_ctrl_c_in_the_middle(demo: str, tmp_path: Path, rabbitmq_url: str, mong
     process = psutil.Process(child.process.pid)
     if demo == "crash":  # its broker runs, and its consumer
         until(lambda: "spawn_main" in str(child.children()), "the consumer")
+        until(lambda: hears_ctrl_c(process.pid), "the end of its start, which ignores Ctrl-C")
     below = process.children(recursive=True)
     child.ctrl_c()
     ended = child.ended()
