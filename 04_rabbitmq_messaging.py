@@ -437,10 +437,11 @@ class WindowedProducer:
 
     def _settle(self, messages: Sequence[Outgoing], failure: str = "") -> None:
         for message in messages:
-            why, message_id = failure, message.properties.message_id
-            key = message_id, message.exchange, message.routing_key
-            if self._returned and self._returned[key]:  # a return comes before its confirm
-                self._returned, why = self._returned - Counter([key]), "unroutable"
+            why = failure
+            if self._returned:  # a return comes before its confirm
+                key = message.properties.message_id, message.exchange, message.routing_key
+                if self._returned[key]:
+                    self._returned, why = self._returned - Counter([key]), "unroutable"
             try:
                 self._on_settled(message, Undelivered(f"{why}: {message}") if why else None)
             except Exception:  # the caller's: the thread must outlive it
@@ -569,8 +570,7 @@ class Consumer:
         if not self._stopping:
             raise ConnectionError(self._failure)
 
-    # Of each kind: one connection, until _is_over(); the way to the handler.
-    _session = _dispatch = cast(Any, None)
+    _session = _dispatch = cast(Any, None)  # of each kind
 
     def _in_loop(self, callback: Callable[[], None]) -> None:
         # Where that is closed, the message will be delivered again.
