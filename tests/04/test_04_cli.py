@@ -185,6 +185,14 @@ def hears_ctrl_c(pid: int) -> bool:
     return not int(ignored, 16) & 1 << signal.SIGINT - 1
 
 
+def test_where_no_broker_can_be_started_demo_9_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mq, "KILLABLE", "")  # ends without a URL
+    assert mq.demo_crash(mq.RabbitMQ("amqp://127.0.0.1:1/"), "unused.", tmp_path) is None
+    assert "note: RabbitMQ to kill is unavailable: servers.py has none" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("demo", ["pipeline", "outbox", "crash"])
 def test_ctrl_c_in_the_middle(demo: str, tmp_path: Path, rabbitmq_url: str, mongo_uri: str) -> None:
