@@ -71,7 +71,7 @@ $(INSTALLED): $(REQUIREMENTS) $(CONSTRAINTS)
 	    echo "$(PYTHON) cannot make virtual environments: apt-get install python3-venv"; exit 1; }
 	@test -x .venv/bin/pip || { echo "making .venv with $$("$(PYTHON)" -V)"; \
 	    "$(PYTHON)" -m venv .venv && touch .venv/made-by-make; }
-	@echo "installing into .venv (first time: about 150 MB)"
+	@echo "installing into .venv (first time: about 400 MB)"
 	@$(PY) -m pip install -q --disable-pip-version-check \
 	    $(addprefix -r ,$(REQUIREMENTS)) -c $(CONSTRAINTS)
 	@touch $@
