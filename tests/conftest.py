@@ -194,7 +194,7 @@ def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         with file.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not file.exists():
-                fixtures = [script.fixture, *(script.second or ())[2:]] if on_server else []
+                fixtures = [service.fixture for service in script.services if on_server]
                 urls = map(request.getfixturevalue, fixtures)
                 file.write_bytes(
                     pickle.dumps(whole_run(script, tmp_path_factory.mktemp("run"), *urls))

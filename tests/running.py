@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -68,44 +69,61 @@ def unlisted(_: str) -> set[str]:
 
 
 @dataclass(frozen=True)
-class Script:
-    path: Path
-    service: str  # as it names its server
+class Service:
+    name: str  # as a script says it
     variable: str
     fixture: str  # which gives the server's URL
     url: str  # of a server at {address}
-    offline: str  # what it runs on instead, as it says it
-    quick: tuple[str, str]  # two demos, in reading order
-    made: Callable[[str], set[str]]  # what runs of it have on the server of a URL at present
-    patience: str = ""  # options of the URL by which a busy machine is no outage
-    second: tuple[str, str, str] | None = None  # another server's service, variable and fixture
+    made: Callable[[str], set[str]]  # what runs have on the server of a URL at present
 
     def url_at(self, address: str) -> str:
         return self.url.format(address=address)
 
 
+POSTGRES = Service(
+    "PostgreSQL", "DATABASE_URL", "postgres_url",
+    f"postgresql+psycopg2://app:{SECRET}@{{address}}/app", schemas,
+)  # fmt: skip
+MONGO = Service(
+    "MongoDB", "MONGODB_URI", "mongo_uri", f"mongodb://app:{SECRET}@{{address}}/", databases
+)
+REDIS = Service("Redis", "REDIS_URL", "redis_url", f"redis://app:{SECRET}@{{address}}/0", keys)
+RABBITMQ = Service(
+    "RabbitMQ", "RABBITMQ_URL", "rabbitmq_url", f"amqp://app:{SECRET}@{{address}}/%2F", unlisted
+)
+
+
+@dataclass(frozen=True)
+class Script:
+    path: Path
+    services: tuple[Service, ...]  # as it names those that are missing
+    offline: str  # what it runs on instead, as it says it
+    quick: tuple[str, str]  # two demos, in reading order
+    few: str = "5"  # a small --scale
+    patience: str = ""  # options of the first one's URL by which a busy machine is no outage
+
+
 SCRIPTS = {
     "01": Script(
-        ROOT / "01_sqlalchemy_advanced.py", "PostgreSQL", "DATABASE_URL", "postgres_url",
-        f"postgresql+psycopg2://app:{SECRET}@{{address}}/app",
-        "SQLite ", ("repository", "security"), schemas,
+        ROOT / "01_sqlalchemy_advanced.py", (POSTGRES,), "SQLite ", ("repository", "security")
     ),
     "02": Script(
-        ROOT / "02_mongodb_advanced.py", "MongoDB", "MONGODB_URI", "mongo_uri",
-        f"mongodb://app:{SECRET}@{{address}}/",
-        "no MongoDB: what the client can do without one\n", ("validation", "features"), databases,
+        ROOT / "02_mongodb_advanced.py", (MONGO,),
+        "no MongoDB: what the client can do without one\n", ("validation", "features"),
     ),
     "03": Script(
-        ROOT / "03_caching_strategies.py", "Redis", "REDIS_URL", "redis_url",
-        f"redis://app:{SECRET}@{{address}}/0",
-        "no Redis: the in-process tier alone\n", ("ttl", "failing_loader"), keys,
-        "timeout=10&socket_timeout=10&socket_connect_timeout=10",
+        ROOT / "03_caching_strategies.py", (REDIS,),
+        "no Redis: the in-process tier alone\n", ("ttl", "failing_loader"),
+        patience="timeout=10&socket_timeout=10&socket_connect_timeout=10",
     ),
     "04": Script(
-        ROOT / "04_rabbitmq_messaging.py", "RabbitMQ", "RABBITMQ_URL", "rabbitmq_url",
-        f"amqp://app:{SECRET}@{{address}}/%2F",
-        "a broker in memory, SQLite in place of MongoDB\n", ("routing", "poison"), unlisted,
-        second=("MongoDB", "MONGODB_URI", "mongo_uri"),
+        ROOT / "04_rabbitmq_messaging.py", (RABBITMQ, MONGO),
+        "a broker in memory, SQLite in place of MongoDB\n", ("routing", "poison"),
+    ),
+    "05": Script(
+        ROOT / "05_realworld_data_science.py", (POSTGRES, MONGO, REDIS, RABBITMQ),
+        f"DuckDB {version('duckdb')}, no PostgreSQL, no MongoDB, no Redis, no RabbitMQ\n",
+        ("dirty", "live"), few="50",
     ),
 }  # fmt: skip
 
@@ -223,30 +241,31 @@ def at_once(*runs: Callable[[], Ended]) -> list[Ended]:
 
 @dataclass(frozen=True)
 class Whole:
-    """A whole run, and what it left on its server."""
+    """A whole run, and what it left on its servers."""
 
     ended: Ended
     left: set[str]
 
 
-def whole_run(script: Script, home: Path, url: str = "", second_url: str = "") -> Whole:
-    """On the server of `url`, and the second one's, or offline."""
-    if not url:
+def whole_run(script: Script, home: Path, *urls: str) -> Whole:
+    """On the servers of `urls`, in the order of the script's services, or offline."""
+    if not any(urls):
         return Whole(Run(script.path, home)(), set())
+    servers = list(zip(script.services, urls, strict=True))
 
     def made() -> set[str]:
-        return script.made(url) | (databases(second_url) if second_url else set())
+        return {name for service, url in servers for name in service.made(url)}
 
     before = made()
-    patient = f"{url}{'&' if '?' in url else '?'}{script.patience}" if script.patience else url
-    variables = {script.variable: patient}
-    if script.second:
-        variables[script.second[1]] = second_url
+    variables = {service.variable: url for service, url in servers}
+    if script.patience:
+        mark = "&" if "?" in urls[0] else "?"
+        variables[script.services[0].variable] += f"{mark}{script.patience}"
     ended = Run(script.path, home)(**variables)
     return Whole(ended, made() - before)
 
 
-Recorded = Callable[[str, bool], Whole]  # number of a script, on its server?
+Recorded = Callable[[str, bool], Whole]  # number of a script, on its servers?
 
 
 # ── In this process ─────────────────────────────────────────────────────────────────
@@ -313,17 +332,23 @@ def missing(reason: object) -> NoReturn:
 
 
 def assert_offline(
-    script: Script, ended: Ended, reason: str, shown: str = r"\S+://\w*:\*\*\*@"
+    script: Script,
+    ended: Ended,
+    reason: str,
+    shown: str = r"\S+://\w*:\*\*\*@",
+    away: Service | None = None,
 ) -> None:
-    """It said what is missing, why, and how to start it, and went on without."""
+    """It said what is missing, `away` and all that is not set, why, and how to start it, and went
+    on without."""
+    away = away or script.services[0]
     assert (ended.returncode, ended.stderr) == (0, "")
     unavailable, offline, _ = ended.stdout.partition(f"\nOn {script.offline}")
     assert offline, ended.stdout
-    pattern = f"{script.service} at {shown}.* is unavailable: .*{reason}"
-    assert re.match(pattern, unavailable), unavailable
-    assert START in " ".join(unavailable.split())
-    assert len(unavailable.splitlines()) == (4 if script.second else 2)  # reason and remedy
-    if script.second:
-        second, variable, _ = script.second
-        assert f"\n{second} is unavailable: {variable} is not set.\n" in unavailable
+    lines = unavailable.splitlines()
+    for service, said, start in zip(script.services, lines[::2], lines[1::2], strict=True):
+        why = f"is unavailable: {service.variable} is not set"
+        if service is away:
+            why = f"at {shown}.* is unavailable: .*{reason}"
+        assert re.match(f"{service.name} {why}", said), unavailable
+        assert start.startswith(START)
     assert SECRET not in ended.stdout

@@ -9,9 +9,20 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
-from running import SCRIPTS, SECRET, START, Main, Run, Script, assert_offline, demos_of
+from running import (
+    SCRIPTS,
+    SECRET,
+    START,
+    Main,
+    Run,
+    Script,
+    Service,
+    assert_offline,
+    demos_of,
+)
 from services import NOT_CONFIGURED, ROOT, load_script
 
 OPTIONS = ("--list", "--only", "--scale", "--json", "--offline", "--require-services")
@@ -32,19 +43,34 @@ def main(
     return Main(script.path, tmp_path, capsys, monkeypatch)
 
 
+EACH = [  # 04's second service is in test_04_cli.py
+    (number, service)
+    for number, script in SCRIPTS.items()
+    for service in script.services[: 1 if number == "04" else None]
+]
+each_service = pytest.mark.parametrize(
+    ("script", "service"), EACH, ids=[f"{number}-{one.name}" for number, one in EACH],
+    indirect=["script"],
+)  # fmt: skip
+
+
 @pytest.fixture
-def refused(script: Script) -> Iterator[dict[str, str]]:
-    """The script's variable: of a port that is ours and at which nobody listens."""
+def refused(service: Service) -> Iterator[dict[str, str]]:
+    """The service's variable: of a port that is ours and at which nobody listens."""
     with closing(socket.socket()) as bound:
         bound.bind(("127.0.0.1", 0))
-        yield {script.variable: script.url_at(f"127.0.0.1:{bound.getsockname()[1]}")}
+        yield {service.variable: service.url_at(f"127.0.0.1:{bound.getsockname()[1]}")}
 
 
 @pytest.fixture
-def silent(script: Script) -> Iterator[tuple[socket.socket, dict[str, str]]]:
-    """A server that accepts and never answers, and the script's variable."""
+def silent(service: Service) -> Iterator[tuple[socket.socket, dict[str, str]]]:
+    """A server that accepts and never answers, and the service's variable."""
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        yield server, {script.variable: script.url_at(f"127.0.0.1:{server.getsockname()[1]}")}
+        yield server, {service.variable: service.url_at(f"127.0.0.1:{server.getsockname()[1]}")}
+
+
+def nonsense(script: Script) -> dict[str, str]:
+    return {service.variable: "nonsense" for service in script.services}
 
 
 def names(script: Script) -> list[str]:
@@ -92,13 +118,13 @@ def test_importing_opens_reads_and_configures_nothing(tmp_path: Path, script: Sc
 
 
 def test_list_names_every_demo_and_reads_no_setting(script: Script, main: Main) -> None:
-    ended = main("--list", **{script.variable: "nonsense"})
+    ended = main("--list", **nonsense(script))
     assert (ended.returncode, ended.stderr) == (0, "")
     assert [line.split()[0] for line in ended.stdout.splitlines()] == names(script)
 
 
 def test_help_is_the_docstring_and_names_every_option(script: Script, main: Main) -> None:
-    ended = main("--help", **{script.variable: "nonsense"})
+    ended = main("--help", **nonsense(script))
     assert (ended.returncode, ended.stderr) == (0, "")
     assert (load_script(script.path.stem).__doc__ or "").strip() in ended.stdout
     assert [option for option in OPTIONS if f"\n  {option} " not in ended.stdout] == []
@@ -119,17 +145,18 @@ def test_wrong_usage(main: Main, args: tuple[str, ...]) -> None:
 
 def test_only_twice_runs_both_in_reading_order(script: Script, main: Main) -> None:
     first, second = script.quick
-    ended = main("--only", second, "--only", first, "--offline", "--scale", "5", "--json")
+    ended = main("--only", second, "--only", first, "--offline", "--scale", script.few, "--json")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert list(demos_of(ended)) == [first, second]
     assert all(demo["result"] for demo in demos_of(ended).values())
 
 
 def test_a_malformed_url_as_a_user_meets_it(script: Script, tmp_path: Path) -> None:
-    url = script.url_at("127.0.0.1:notaport")
-    ended = Run(script.path, tmp_path)(**{script.variable: url})
+    service = script.services[-1]
+    url = service.url_at("127.0.0.1:notaport")
+    ended = Run(script.path, tmp_path)(**{service.variable: url})
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert script.variable in ended.stderr
+    assert service.variable in ended.stderr
     assert SECRET not in ended.stderr
 
 
@@ -137,11 +164,12 @@ def test_a_malformed_url_as_a_user_meets_it(script: Script, tmp_path: Path) -> N
 
 
 def quick(script: Script) -> tuple[str, ...]:
-    return "--only", script.quick[0], "--scale", "5"
+    return "--only", script.quick[0], "--scale", script.few
 
 
+@each_service
 def test_offline_asks_no_server(
-    script: Script, main: Main, silent: tuple[socket.socket, dict[str, str]]
+    script: Script, service: Service, main: Main, silent: tuple[socket.socket, dict[str, str]]
 ) -> None:
     server, variables = silent
     ended = main(*quick(script), "--offline", **variables)
@@ -149,47 +177,59 @@ def test_offline_asks_no_server(
     with pytest.raises(BlockingIOError):
         server.accept()
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert f"{script.service} is unavailable: --offline was given.\n" in ended.stdout
+    assert f"{service.name} is unavailable: --offline was given.\n" in ended.stdout
     assert f"\nOn {script.offline}" in ended.stdout
     assert SECRET not in ended.stdout
 
 
-def test_a_refused_port(script: Script, main: Main, refused: dict[str, str]) -> None:
-    assert_offline(script, main(*quick(script), **refused), "Connection refused")
+@each_service
+def test_a_refused_port(
+    script: Script, service: Service, main: Main, refused: dict[str, str]
+) -> None:
+    assert_offline(script, main(*quick(script), **refused), "Connection refused", away=service)
 
 
-def test_an_unknown_host(script: Script, main: Main) -> None:
-    variables = {script.variable: script.url_at("database.invalid")}
+@each_service
+def test_an_unknown_host(script: Script, service: Service, main: Main) -> None:
+    variables = {service.variable: service.url_at("database.invalid")}
     reason = "(known|resolution|answer|timed out)"
-    assert_offline(script, main(*quick(script), **variables), reason)
+    assert_offline(script, main(*quick(script), **variables), reason, away=service)
 
 
+@each_service
 def test_a_server_that_accepts_and_never_answers(
-    script: Script, main: Main, silent: tuple[socket.socket, dict[str, str]]
+    script: Script, service: Service, main: Main, silent: tuple[socket.socket, dict[str, str]]
 ) -> None:
     _, variables = silent
     ended = main(*quick(script), CONNECT_TIMEOUT_S="0.5", **variables)
-    assert_offline(script, ended, "(says nothing|timed out|no answer|Timeout)")
+    silence = "(says nothing|timed out|timeout|no answer|Timeout|No servers found)"
+    assert_offline(script, ended, silence, away=service)
 
 
+@each_service
 def test_a_required_service_that_is_missing(
-    script: Script, main: Main, refused: dict[str, str]
+    script: Script, service: Service, main: Main, refused: dict[str, str], request: Any
 ) -> None:
-    ended = main(*quick(script), "--require-services", **refused)
+    others = script.services[: script.services.index(service)]  # that are looked for before it
+    given = {one.variable: request.getfixturevalue(one.fixture) for one in others}
+    ended = main(*quick(script), "--require-services", **given, **refused)
     assert (ended.returncode, ended.stdout) == (2, "")
-    scheme = script.url.partition("://")[0]
-    shown = f"--require-services: {script.service} at {scheme}://app:***@127.0.0.1:"
+    scheme = service.url.partition("://")[0]
+    shown = f"--require-services: {service.name} at {scheme}://app:***@127.0.0.1:"
     assert shown in ended.stderr
     assert START in " ".join(ended.stderr.split())
     assert SECRET not in ended.stderr
-    assert main(*quick(script), "--require-services").returncode == 2
+    unset = main(*quick(script), "--require-services", **given)
+    assert unset.returncode == 2
+    assert f"--require-services: {service.name} is unavailable: {service.variable} " in unset.stderr
 
 
+@each_service
 def test_a_dotenv_file_in_the_working_directory_is_read(
-    script: Script, main: Main, refused: dict[str, str]
+    script: Script, service: Service, main: Main, refused: dict[str, str]
 ) -> None:
     ((variable, url),) = refused.items()
     (main.home / ".env").write_text(f"{variable}={url}\n")
-    assert_offline(script, main(*quick(script)), "Connection refused")
+    assert_offline(script, main(*quick(script)), "Connection refused", away=service)
     environment_first = main(*quick(script), **{variable: ""})
     assert f"unavailable: {variable} is not set" in environment_first.stdout

@@ -35,7 +35,9 @@ SCRIPTS = sorted(ROOT.glob("0?_*.py"))
 README = ROOT / "README.md"
 README_BYTES = 6 * 1024  # a beginner reads it whole
 # As a paragraph names them.
-SERVERS = {"01": "PostgreSQL", "02": "MongoDB", "03": "Redis", "04": "RabbitMQ"}
+SERVERS = {
+    "01": "PostgreSQL", "02": "MongoDB", "03": "Redis", "04": "RabbitMQ", "05": "PostgreSQL",
+}  # fmt: skip
 ELISION = "# …"
 BLOCK = re.compile(
     r"(?P<head>(?:<!-- from (?P<file>\S+): (?P<name>\S+) -->\n)?```python\n)(?P<code>.*?)^```$",

@@ -7,6 +7,7 @@ hosts, sockets, and a server that is slow to refuse.
 from __future__ import annotations
 
 import importlib
+import re
 import socket
 import threading
 import time
@@ -156,6 +157,14 @@ def opened(variable: str, url: str) -> object:
     return script(variable).open_rabbitmq(checked, 0.1)
 
 
+def opened_by_05(variable: str, url: str) -> object:
+    """Which takes all four."""
+    app = importlib.import_module("05_realworld_data_science")
+    (name,) = (name for name, (its_own, *_) in app.SERVICES.items() if its_own == variable)
+    settings = config.load_settings({variable: url, "CONNECT_TIMEOUT_S": "0.1"}, None)
+    return app.opened(config.Run(settings, offline=False, require_services=True, scale=1), name)
+
+
 OPTION = "is an option after the ? wrong?"
 
 
@@ -193,6 +202,10 @@ def test_what_only_its_driver_can_read_is_refused_by_the_script(
     assert str(caught.value).startswith(f"{variable}: ")
     assert problem in str(caught.value)
     assert SECRET not in str(caught.value)
+    with pytest.raises(config.ConfigError) as by_05:
+        opened_by_05(variable, url)  # in words of its own; a host that is away, it names as such
+    assert re.match(f"{variable}: |--require-services: \\w+ at .*: ", str(by_05.value))
+    assert SECRET not in str(by_05.value).replace(f"&port={SECRET}", "")
 
 
 def addresses(variable: str, url: str) -> list[tuple[str, int | None]]:

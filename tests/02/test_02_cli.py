@@ -462,7 +462,8 @@ SILENT = "(timed out|no answer)"
 def test_a_replica_set_of_which_no_member_is_there(main: Main) -> None:
     with closing(socket.socket()) as bound:
         bound.bind(("127.0.0.1", 0))
-        uri = SCRIPT.url_at(f"127.0.0.1:{bound.getsockname()[1]},127.0.0.2:1") + "?replicaSet=rs0"
+        hosts = f"127.0.0.1:{bound.getsockname()[1]},127.0.0.2:1"
+        uri = f"{SCRIPT.services[0].url_at(hosts)}?replicaSet=rs0"
         ended = main(*QUICK, MONGODB_URI=uri)
     assert_offline(SCRIPT, ended, "Connection refused.*Connection refused")
 
