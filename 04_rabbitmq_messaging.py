@@ -1505,8 +1505,8 @@ def killable_broker() -> Iterator[tuple[RabbitMQ, Callable[[str], object]]]:
         logger.setLevel(logging.ERROR)  # lost on purpose
         yield RabbitMQ(url), order
     finally:
-        logger.setLevel(logging.NOTSET)
         process.communicate()  # the end of its input is the order to end
+        logger.setLevel(logging.NOTSET)
 
 
 def slow_region(user: Mapping[str, Any]) -> str:
