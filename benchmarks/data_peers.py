@@ -111,6 +111,12 @@ def polars_rfm(events: Any, cutoff: int) -> Any:
     return found.sort("customer_id").collect(engine="streaming")
 
 
+def recall(best: Any, later: Any) -> float:
+    """Share of what was bought `later` (rows, items), as far as there is room in `best`, in it."""
+    found = np.take_along_axis(later.toarray() > 0, best, axis=1).sum(1)
+    return float((found / np.minimum(later.getnnz(1), best.shape[1])).mean())
+
+
 # ── Data ────────────────────────────────────────────────────────────────────────────
 
 
