@@ -104,7 +104,7 @@ DATE_FORMATS = ["", "%Y%m%d", "%Y-%m-%d %H:%M:%S %z"] + [
 BOUGHT = "SUM(cents) > 0 OR MIN(cents) >= 0"  # on a day: unless refunds took all of it
 MONGO_BATCH = 20_000  # documents
 BOUND = 6.0  # of a parameter's logarithm, from its start
-STEP = 1e-4  # of a logarithm, for second derivatives
+STEP = 1e-4  # for second derivatives
 TINY = 1e-12
 FEW_REPEATS = 100  # customers: below, the errors are uncertain
 RELATED = 0.3  # correlation of frequency and amount
@@ -215,7 +215,7 @@ def date_format_of(db: Db, dates: str) -> str:
         found = db.execute(f"SELECT {', '.join(counts)} FROM ({rows})").fetchall()[0]
         return [form for form, n in zip(forms, found, strict=True) if n == max(1, *found)]
 
-    best = best_of(DATE_FORMATS, f"{dates} LIMIT {SAMPLE}")
+    best = best_of(DATE_FORMATS, f"{dates} LIMIT 100")
     if len(best) > 1 and best[0]:  # the sample leaves it open
         best = best_of(best, dates)
     if best and (not best[0] or len(best) == 1):
@@ -261,7 +261,7 @@ def read_transactions(
         name, when, item = (fields.get(key, ["''"])[0] for key in ("customer_id", "date", "item"))
         db.execute(
             f"""CREATE TABLE loaded AS SELECT trim({name}) AS customer_id,
-            CAST({when} AS DATE) - DATE '1970-01-01' AS day, {item} AS item,
+            floor(epoch({when}) / 86400)::BIGINT AS day, {item} AS item,
             CAST(round({" * ".join(fields["amount"])} * 100) AS BIGINT) AS cents FROM {source}"""
         )
         rejects = db.execute(
@@ -315,11 +315,11 @@ def rfm_sql(cutoff: int, source: str = "transactions") -> str:
     MIN costs less than a window or a join."""
     return f"""
 WITH days AS (
-  SELECT customer_id, day, SUM(cents) AS cents FROM {source}
+  SELECT customer_id, day, SUM(cents)::BIGINT AS cents FROM {source}
   WHERE day <= {cutoff} GROUP BY customer_id, day HAVING {BOUGHT}
 )
 SELECT customer_id, COUNT(*) - 1 AS frequency, MAX(day) - MIN(day) AS recency,
-  {cutoff} - MIN(day) AS age, SUM(cents) AS cents,
+  {cutoff} - MIN(day) AS age, SUM(cents)::BIGINT AS cents,
   MIN(day * 1099511627776 + cents) - MIN(day) * 1099511627776 AS first_cents
 FROM days GROUP BY customer_id
 """
@@ -420,14 +420,11 @@ def maximum(likelihood: Likelihood, start: Sequence[float], rows: float) -> Esti
         value, gradient = likelihood(np.exp(logs))
         return -value / rows, -gradient * np.exp(logs) / rows
 
-    centre = np.log(start)
-    options: Any = {"ftol": 1e-14, "gtol": 1e-8, "maxiter": 500}
-    options = {
-        "method": "L-BFGS-B",
-        "options": options,
-        "bounds": centre[:, None] + [-BOUND, BOUND],
-    }
-    found = optimize.minimize(loss, centre, jac=True, **options)
+    centre, options = np.log(start), {"ftol": 1e-12, "gtol": 1e-6, "maxiter": 500}
+    bounds: Any = centre[:, None] + [-BOUND, BOUND]
+    found = optimize.minimize(
+        loss, centre, jac=True, method="L-BFGS-B", bounds=bounds, options=options
+    )
     steps = STEP * np.eye(len(start))
     hessian = np.array([loss(found.x + step)[1] - loss(found.x - step)[1] for step in steps])
     hessian = (hessian + hessian.T) * rows / (4 * STEP)
@@ -528,7 +525,7 @@ def grouped(x: Ints, t_x: Ints, T: Ints) -> tuple[Floats, Floats, Floats, Floats
 def fit_bg_nbd(x: Floats, t_x: Floats, T: Floats, n: Floats) -> Estimate:
     """Of grouped rows. Raises ValueError."""
     if not np.any(x > 0):
-        raise ValueError("nobody bought on a second day: there is nothing to fit")
+        raise ValueError("nobody bought on a second day")
     likelihood = bg_nbd_likelihood(x, t_x, T, n)
     return maximum(likelihood, (1.0, np.average(T, weights=n) / 10, 1.0, 3.0), n.sum())
 
@@ -547,7 +544,8 @@ def gamma_gamma_likelihood(x: Floats, mean: Floats) -> Likelihood:
 
     def value_and_gradient(parameters: Floats) -> tuple[float, Floats]:
         p, q, v = parameters
-        log_v = np.log(v + total)
+        scale = v + total
+        log_v, inverse = np.log(scale), 1 / scale
         x_log, log_sum, shape = x @ log_v, log_v.sum(), p * xs + q
         value = (
             c @ (gammaln(shape) - gammaln(p * xs) - gammaln(q) + q * np.log(v))
@@ -556,7 +554,7 @@ def gamma_gamma_likelihood(x: Floats, mean: Floats) -> Likelihood:
         gradient = [
             c @ (xs * (psi(shape) - psi(p * xs))) + fixed - x_log,
             c @ (psi(shape) - psi(q) + np.log(v)) - log_sum,
-            q / v * len(x) - (p * x + q) @ (1 / (v + total)),
+            q / v * len(x) - p * (x @ inverse) - q * inverse.sum(),
         ]
         return float(value), np.array(gradient)
 
@@ -579,7 +577,7 @@ class GammaGamma(NamedTuple):
 def fit_gamma_gamma(x: Floats, mean: Floats) -> Estimate:
     """Of customers with x > 0. Raises ValueError."""
     if len(x) < 2 or np.ptp(mean) == 0:
-        raise ValueError("all amounts are the same: there is no spread to fit")
+        raise ValueError("all amounts are the same")
     return maximum(gamma_gamma_likelihood(x, mean), (2.0, 3.0, mean.mean()), len(x))
 
 
@@ -924,8 +922,12 @@ def alike(bought: sparse.csr_matrix) -> sparse.csr_matrix:
     rows = np.repeat(np.arange(len(sizes)), np.diff(together.indptr))
     cosine = together.data / (np.sqrt(sizes[rows] * sizes[columns]) + SHRINKAGE)
     cosine[rows == columns] = 0
-    nearest = np.lexsort((-cosine, rows))  # within each row
-    nearest = nearest[np.arange(len(rows)) - together.indptr[rows] < NEIGHBOURS]
+    nearest = np.concatenate([
+        np.arange(0), *(
+            a + np.argpartition(-cosine[a:z], min(NEIGHBOURS, z - a - 1))[:NEIGHBOURS]
+            for a, z in itertools.pairwise(together.indptr) if z > a
+        ),
+    ])  # fmt: skip
     pairs = rows[nearest], columns[nearest]
     return sparse.csr_matrix((cosine[nearest], pairs), together.shape, dtype=np.float32)
 
@@ -992,9 +994,8 @@ class ProfileService:
     def _ask(self, command: str, customer_id: str, *args: Any, **options: Any) -> Any:
         if self._client and time.monotonic() >= self._away_until_s:
             try:
-                return getattr(self._client, command)(
-                    f"{self._prefix}:{customer_id}", *args, **options
-                )
+                key = f"{self._prefix}:{customer_id}"
+                return getattr(self._client, command)(key, *args, **options)
             except redis.RedisError:
                 self._away_until_s = time.monotonic() + REDIS_PAUSE_S
         return None
@@ -1086,7 +1087,7 @@ th:first-child, td:first-child, .text { text-align: left }
 <h2>Value</h2>
 <p>{{ values | length | number }} customers will bring a margin of {{ values.sum() | number }}
 within {{ shop.weeks }} weeks (95 %: {{ low | number }} to {{ high | number }}).
-{{ grid("% of that by tenth of the customers, best first", tenths, [shares]) }}
+{{ grid("% of that by tenth of the customers, best first", range(1, 11), [shares]) }}
 <h2>Segments</h2>
 <p>Valuable is the quarter that spent most, active who will buy half a time or more, on average.
 Champions are both, the growing active, the dormant neither.
@@ -1119,7 +1120,7 @@ def number(value: float) -> str:
 
 
 def reliability(said: Floats, came: Floats, rate: float) -> Markup:
-    """Inline SVG, in the page's own colour."""
+    """Inline SVG."""
     alt = f"Reliability, at most {np.abs(said - came).max():.2f} off, and lift by tenth"
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": alt, **dict.fromkeys(INKED, INK)}
     with matplotlib.rc_context(style):
@@ -1135,14 +1136,6 @@ def reliability(said: Floats, came: Floats, rate: float) -> Markup:
     return Markup(f'<svg role="img" aria-label="{escape(alt)}" {svg}')  # noqa: S704
 
 
-def segments_part(shop: Shop) -> list[list[Any]]:
-    base, names, rows = shop.base, segments(shop.base), []
-    for name in SEGMENTS:
-        of = names == name
-        rows.append([name, int(of.sum()), base.rfm.cents[of].sum() / 100, base.value[of].sum()])
-    return rows
-
-
 def churn_part(shop: Shop) -> dict[str, Any]:
     left, model, known = shop.split.left, shop.split.current, shop.base.rfm
     score, rate = shop.split.tested.predict(shop.split.then), float(left.mean())
@@ -1154,8 +1147,8 @@ def churn_part(shop: Shop) -> dict[str, Any]:
         silent, name = int(known.T[row] - known.t_x[row]), str(known.ids[row])[:ID_SHOWN]
         worst.append([name, known.cents[row] / 100, silent, shop.base.value[row], why])
     scores = [f"{score:.3f}" for score in judged(left, score)]
-    pictured = reliability(said, came, rate)
-    return {"scores": scores, "rate": f"{rate:.0%}", "reliability": pictured, "worst": worst}
+    drawing = reliability(said, came, rate)
+    return {"scores": scores, "rate": f"{rate:.0%}", "reliability": drawing, "worst": worst}
 
 
 def offers_part(shop: Shop) -> tuple[dict[str, Any], Decision]:
@@ -1215,19 +1208,22 @@ def report(shop: Shop) -> tuple[list[Decision], str]:
     call = (
         f"Call the {len(rows):,} customers at risk but valuable, those below first",
         f"Spend no more than {worth}, the margin still expected of them.",
-        "They spent much, and little is expected of them now.",
+        "They spent much, and may not come back.",
     )
     page = Environment(autoescape=True, trim_blocks=True)
     page.filters["number"] = number
     values = np.sort(shop.base.value)[::-1]
     low, high = value_interval(shop.base, shop.weeks, np.random.default_rng(SEED))
     shares = [100 * tenth.sum() / values.sum() for tenth in np.array_split(values, 10)]
+    names, spent, today = segments(shop.base), shop.base.rfm.cents / 100, []
+    for name in SEGMENTS:
+        of = names == name
+        today.append([name, int(of.sum()), spent[of].sum(), shop.base.value[of].sum()])
     parts = {**offers, **(churn_part(shop) if then else {}), "then": then}
     text = page.from_string(TEMPLATE).render(
         shop=shop, day=EPOCH + timedelta(shop.today), decisions=[offer, call], trust=trust,
-        segments=segments_part(shop), changed=f"{changed(then, shop.base):.0%}" if then else "",
-        next=recommendations(shop), values=values, low=low, high=high, shares=shares,
-        tenths=TENTHS, **parts,
+        segments=today, changed=f"{changed(then, shop.base):.0%}" if then else "",
+        next=recommendations(shop), values=values, low=low, high=high, shares=shares, **parts,
     )  # fmt: skip
     return [offer, call], text
 
@@ -1299,7 +1295,7 @@ def demo_rfm(shop: Shop, engines: Mapping[str, Any], home: Path) -> dict[str, bo
             note(f"{name} was lost on the way: {type(error).__name__}")
     for name, is_same in found.items():
         fact(name, f"{len(shop.base.value):,} customers, {'the same' if is_same else 'DIFFERENT'}")
-    conclude(f"{sum(found.values())} other engines give DuckDB's features")
+    conclude(f"{sum(found.values())} of {len(engines)} other engines agree with DuckDB")
     return found
 
 
@@ -1331,11 +1327,7 @@ def demo_fits(home: Path) -> Any:
         base = valued_at(db, cutoff, 39, 1.0)
         came = int(purchase_days(db, base, cutoff, cutoff + 39 * 7).sum())
     fit, expected = base.models.purchases, float(base.purchases.sum())
-    found: Any = {
-        "published": PUBLISHED,
-        "fitted": fit.parameters,
-        "error of the log": fit.errors(),
-    }
+    found: Any = {"published": PUBLISHED, "fitted": fit.parameters, "log error": fit.errors()}
     table(["", *BgNbd._fields], listed(found, ".4f"))
     fact("log-likelihood", f"{fit.log_likelihood:,.3f} (published: -9,582.4)")
     fact("weeks 40 to 78", f"{expected:,.0f} purchases expected, {came:,} came")
@@ -1390,9 +1382,7 @@ def demo_recommend(shop: Shop) -> dict[str, list[float]]:
         money[name] = cents / 100 * shop.margin
     table([f"{len(rows):,} customers", f"recall@{TOP}", f"NDCG@{TOP}"], listed(found))
     less, more = money.values()
-    conclude(
-        f"decision: item by item; it foresaw a margin of {more:,.0f}, best-sellers {less:,.0f}"
-    )
+    conclude(f"decision: item by item; it foresaw a margin of {more:,.0f}, not {less:,.0f}")
     return found
 
 
@@ -1417,6 +1407,8 @@ def demo_live(shop: Shop, cache: Cache, broker: Broker, name: str, home: Path) -
         with closing(InsightPublisher(home / "spool", name, place)) as publisher:
             announce(publisher, shop)
             outage += [publisher.publish(), publisher.publish(), len(publisher.waiting())]
+    if not (cache and broker):
+        note("without Redis nothing is cached, without RabbitMQ nothing sent")
     worth = number(shop.base.value[rows].sum())
     return shown(
         f"decision: call these {len(rows):,}, of whom {worth} of margin is expected",
@@ -1487,7 +1479,7 @@ SERVICES = {
     "Redis": ("REDIS_URL", 6379, open_redis),
     "RabbitMQ": ("RABBITMQ_URL", 5672, open_rabbitmq),
 }
-REFUSALS = (SQLAlchemyError, PyMongoError, redis.RedisError, *LOST)
+REFUSALS = (SQLAlchemyError, PyMongoError, redis.RedisError, *LOST, ValueError, TypeError)
 ABSENT = "onnection refused|No servers|No such file|not known|timeout exp|timed out|StackT|^Timeout"
 
 
@@ -1502,7 +1494,7 @@ def opened(run: config.Run, name: str) -> Any:
             if at.hostname and not re.search(r"\+srv:|,|[?&]host=", url):
                 config.require_reachable(name, url, [(at.hostname, at.port or port)], timeout_s)
             client, version = opener(url, timeout_s)
-        except (*REFUSALS, ValueError, TypeError, KeyError, SyntaxError) as error:
+        except (*REFUSALS, KeyError, SyntaxError) as error:
             reason = re.split(", Timeout:|, full error|\n", str(error).strip())[0] or repr(error)
             if re.search(ABSENT, reason) and not url.startswith("rediss:"):  # which may lack TLS
                 raise ServiceUnavailable(name, reason, url) from error
@@ -1590,11 +1582,8 @@ def pairs(text: str) -> dict[str, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = own_options()
     options, others = parser.parse_known_args(argv)
-    if not (
-        0 < options.horizon_weeks <= 520
-        and 0 < options.margin <= 1
-        and 0 <= options.offer_cost < np.inf
-    ):
+    weeks, margin, cost = options.horizon_weeks, options.margin, options.offer_cost
+    if not (0 < weeks <= 520 and 0 < margin <= 1 and 0 <= cost < np.inf):
         parser.error("--horizon-weeks: 1 to 520; --margin: up to 1; --offer-cost: from 0")
     demos = (demo_rfm, demo_report) if options.transactions else DEMOS
     doc, opener = f"{__doc__}\n{parser.format_help()}", partial(open_resources, options=options)
