@@ -113,7 +113,7 @@ SCRIPTS = {
     ),
     "03": Script(
         ROOT / "03_caching_strategies.py", (REDIS,),
-        "no Redis: the in-process tier alone\n", ("ttl", "failing_loader"),
+        "no Redis: the in-process tier alone\n", ("ttl", "invalidation"),
         patience="timeout=10&socket_timeout=10&socket_connect_timeout=10",
     ),
     "04": Script(

@@ -1,31 +1,19 @@
-"""Fixtures for the tests of 03_caching_strategies.py.
-
-`make_cache` runs a test four times: through `TieredCache` and `AsyncTieredCache`, each alone and on
-Redis.
-"""
+"""Fixtures of script 03's tests: `make_cache` runs a test on the in-process tier, and on Redis."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 from typing import Any
 
 import pytest
 import redis
-from running import until
-from script03 import (
-    CALLERS,
-    TIMEOUT_S,
-    WAIT_S,
-    AsyncDriver,
-    Driver,
-    LoopThread,
-    MakeCache,
-    SyncDriver,
-)
-from services import load_script
+from running import missing, until
+from script03 import TIMEOUT_S, MakeCache
+from services import load_script, redis_client
+
+import servers
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +23,6 @@ def script() -> ModuleType:
 
 @pytest.fixture
 def client(script: ModuleType, redis_url: str) -> Iterator[redis.Redis]:
-    """To look at Redis past the caches."""
     with script.connect(redis_url, TIMEOUT_S) as made:
         yield made
 
@@ -46,11 +33,6 @@ def clock(script: ModuleType) -> Any:
     return script.ManualClock()
 
 
-@pytest.fixture(params=["sync", "async"])
-def flavour(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture(params=["alone", "redis"])
 def tier(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -58,37 +40,62 @@ def tier(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def make_cache(
-    request: pytest.FixtureRequest, script: ModuleType, clock: Any, flavour: str, tier: str
+    request: pytest.FixtureRequest, script: ModuleType, clock: Any, tier: str
 ) -> Iterator[MakeCache]:
-    """Caches of one name share a namespace, as those of several processes do.
+    """Caches on one namespace, as those of several processes. What they leave in Redis is no lease,
+    and ends by itself."""
+    client, prefix = None, "test:"
+    if tier == "redis":
+        client, prefix = map(request.getfixturevalue, ("client", "redis_prefix"))
 
-    At the end each has closed, and nothing is left on its boards.
-    """
-    prefix = request.getfixturevalue("redis_prefix") if tier == "redis" else "test:"
-    url = request.getfixturevalue("redis_url") if tier == "redis" else None
-    policy_names = script.Policy.__dataclass_fields__
-    made: list[Driver] = []
-    with ExitStack() as stack:
-        if flavour == "sync":
-            workers: Any = stack.enter_context(ThreadPoolExecutor(CALLERS + 20))
-            drivers: Any = SyncDriver
-            client = url and stack.enter_context(script.connect(url, TIMEOUT_S))
-        else:
-            workers, drivers = LoopThread(), AsyncDriver
-            stack.callback(workers.close)
-            client = url and script.connect_async(url, TIMEOUT_S)
-            if client:
-                stack.callback(lambda: workers.start(client.aclose()).result(WAIT_S))
-        kind = script.TieredCache if flavour == "sync" else script.AsyncTieredCache
+    def make(**options: Any) -> Any:
+        policy = {key: options.pop(key) for key in script.Policy.__match_args__ if key in options}
+        given = {"clock": clock, "wall_clock": clock, "rng": lambda: 0.0, **options}
+        return script.TieredCache(f"{prefix}x", client, script.Policy(**policy), **given)
 
-        def make(name: str = "x", **options: Any) -> Driver:
-            policy = {key: options.pop(key) for key in list(options) if key in policy_names}
-            given = {"clock": clock, "wall_clock": clock, "rng": lambda: 0.0, **options}
-            cache = kind(f"{prefix}{name}", client or None, script.Policy(**policy), **given)
-            made.append(drivers(script, cache, workers))
-            return made[-1]
+    yield make
+    if client is not None:
+        until(lambda: not list(client.scan_iter(match=f"{prefix}*:lease", count=1000)))
+        assert all(client.ttl(key) != -1 for key in client.scan_iter(match=f"{prefix}*"))
 
-        yield make
-        for driver in made:
-            driver.close()
-        until(lambda: not any(driver.in_progress for driver in made))
+
+# ── A Redis of the tests' own ───────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="session")
+def own() -> Iterator[Any]:
+    """It asks for a password, and takes no harm of kill, start, pause, resume."""
+    try:
+        with servers.running("redis") as started:
+            yield started["redis"]
+    except servers.ServerUnavailable as unavailable:
+        missing(unavailable)
+
+
+@pytest.fixture
+def root(own: Any) -> Iterator[redis.Redis]:
+    """A bare client of it, empty and running whatever the test before did."""
+    own.start()
+    with redis_client(own.url) as client:
+        client.flushall()
+        client.config_resetstat()
+        yield client
+
+
+@pytest.fixture
+def trouble(own: Any, root: redis.Redis) -> Callable[[str], AbstractContextManager[None]]:
+    @contextmanager
+    def trouble(how: str) -> Iterator[None]:
+        begin, end = {
+            "killed": (own.kill, own.start),
+            "stopped": (own.pause, own.resume),
+            "full": [lambda size=size: root.config_set("maxmemory", size) for size in (1, 0)],
+            "read-only": [lambda at=at: root.replicaof(*at) for at in (("::1", 1), ("NO", "ONE"))],
+        }[how]
+        begin()
+        try:
+            yield
+        finally:
+            end()
+
+    return trouble

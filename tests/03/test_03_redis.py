@@ -1,963 +1,582 @@
-"""Script 03 on Redis: pools, leases, copies in other processes, and Redis killed, stopped, full.
+"""Script 03 on Redis: pools, leases, other processes, and a Redis killed, stopped, full, refusing.
 
-What a cache left is read back by a bare client, and what it sent is counted by the server. Servers
-that are stopped are these tests' own; a breaker's time is moved by hand. Time limits only end a
-test that hangs: nothing here is measured.
+What a cache left is read by another cache, or by a bare client; what it sent is counted by the
+server, which is these tests' own. Time limits only end a test that hangs: nothing is measured.
 """
 
 from __future__ import annotations
 
-import asyncio
-import inspect
+import hashlib
+import logging
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import pytest
 import redis
-from running import missing, until
-from script03 import TIMEOUT_S, WAIT_S, AsyncDriver, LoopThread, Source, SyncDriver, admit
-from services import ROOT, load_script, redis_client
+from running import until
+from script03 import TIMEOUT_S, WAIT_S, Source, app, finished, start
+from services import ROOT
 
-import servers
-
-app: Any = load_script("03_caching_strategies")
-
-IMTIMEOUT_S = 0.5  # of a client whose server is stopped
-PLAIN = app.Policy(jitter=0.0, beta=0.0, l1_ttl_s=0.0, stale_if_error_s=0.0)
+PATIENT = f"?timeout={TIMEOUT_S}&socket_timeout={TIMEOUT_S}&socket_connect_timeout={TIMEOUT_S}"
+IMPATIENT_S = 0.5  # of a client whose server is stopped
+PLAIN = app.Policy(jitter=0.0, beta=0.0, l1_ttl_s=0.0, stale_if_error_s=0.0, lease_s=60.0)
 COPYING = replace(PLAIN, l1_ttl_s=60.0)  # reads in this process are answered here
-LISTENERS = [app.MessageListener, app.TrackingListener]
-
-# ── Caches of both kinds, and servers ───────────────────────────────────────────────
-
 Make = Callable[..., Any]
+Caplog = pytest.LogCaptureFixture
 
 
-@contextmanager
-def maker(flavour: str, url: str, namespace: str) -> Iterator[Make]:
+@pytest.fixture
+def make(own: Any, root: redis.Redis) -> Iterator[Make]:
     """`make(policy)`: a cache with a client of its own, as another process would have it."""
     with ExitStack() as stack:
-        if flavour == "sync":
-            workers: Any = stack.enter_context(ThreadPoolExecutor(20))
-        else:
-            workers = LoopThread()
-            stack.callback(workers.close)
 
-        def make_sync(url: str, timeout_s: float, options: dict[str, Any]) -> Any:
-            client = stack.enter_context(app.connect(url, timeout_s))
-            return SyncDriver(app, app.TieredCache(namespace, client, **options), workers)
+        def made(policy: Any = PLAIN, client: Any = None, timeout_s: float = TIMEOUT_S,
+                 **options: Any) -> Any:  # fmt: skip
+            client = client or stack.enter_context(app.connect(own.url, timeout_s))
+            return app.TieredCache("test:x", client, policy, **options)
 
-        def make_async(url: str, timeout_s: float, options: dict[str, Any]) -> Any:
-            client = app.connect_async(url, timeout_s)
-            stack.callback(lambda: workers.start(client.aclose()).result(WAIT_S))
-            return AsyncDriver(app, app.AsyncTieredCache(namespace, client, **options), workers)
-
-        def make(
-            policy: Any = PLAIN, timeout_s: float = TIMEOUT_S, url: str = url, **options: Any
-        ) -> Any:
-            kind = make_sync if flavour == "sync" else make_async
-            driver = kind(url, timeout_s, {"policy": policy, **options})
-            stack.callback(driver.close)
-            return driver
-
-        yield make
-
-
-@pytest.fixture
-def make(flavour: str, redis_url: str, redis_prefix: str) -> Iterator[Make]:
-    with maker(flavour, redis_url, f"{redis_prefix}x") as made:
         yield made
 
 
-def awaited(driver: Any, answer: Any) -> Any:
-    """What a method of a driver's client gives: itself, or a coroutine of the driver's loop."""
-    return driver._loop.start(answer).result(WAIT_S) if inspect.isawaitable(answer) else answer
+def put(cache: Any, *keys: str, value: object = "old", tags: Sequence[str] = ()) -> None:
+    for key in keys:
+        assert cache.get_or_load(key, lambda: value, tags=tags) == value
 
 
-def has_copy(driver: Any, key: str) -> bool:
-    return driver.cache.l1.stale(driver.cache.keys.value(key)) is not None
+def has_copy(cache: Any, *keys: str) -> bool:
+    return any(cache.l1.stale(cache.name(key)) for key in keys)
 
 
-def no_copies(driver: Any, *keys: str) -> Callable[[], bool]:
-    return lambda: not any(has_copy(driver, key) for key in keys)
-
-
-@pytest.fixture(scope="module")
-def module_victim() -> Iterator[Any]:
-    try:
-        with servers.running("redis") as started:
-            yield started["redis"]
-    except servers.ServerUnavailable as unavailable:
-        missing(unavailable)
-
-
-@pytest.fixture
-def victim(module_victim: Any) -> Any:
-    """A Redis to be ill-treated: as new when a test begins, whatever the one before did to it."""
-    module_victim.kill()
-    module_victim.start()
-    return module_victim
-
-
-@pytest.fixture
-def root(victim: Any) -> Iterator[redis.Redis]:
-    """A bare client of the victim."""
-    with redis_client(victim.url) as made:
-        yield made
-
-
-@pytest.fixture
-def make_on_victim(flavour: str, victim: Any) -> Iterator[Make]:
-    with maker(flavour, victim.url, "test:x") as made:
-        yield made
-
-
-def stored(client: redis.Redis, cache: Any, key: str) -> Any:
-    """The value in Redis, or MISSING: past everything that a cache does but its envelope."""
-    raw = client.get(cache.cache.keys.value(key))
-    return app.MISSING if raw is None else app.unpack(raw).value
-
-
-def names(client: redis.Redis, prefix: str) -> set[bytes]:
-    return set(client.scan_iter(match=f"{prefix}*", count=1000))
-
-
-class Away:
-    """A breaker's clock, by which Redis is away from one cache and from no other."""
+class Away(app.CircuitBreaker):  # type: ignore[misc]
+    """Redis is away from one cache and from no other, by a clock that is moved by hand."""
 
     def __init__(self) -> None:
         self.clock = app.ManualClock()
-        self.breaker = app.CircuitBreaker(3, 1.0, self.clock)
+        super().__init__(3, 1.0, self.clock)
 
     def begin(self) -> None:
-        self.breaker.allow()  # where it is open: the probe, which fails
-        for _ in range(3):
-            self.breaker.failure()
-        assert self.breaker.state == "open"
+        _ = [self.failure() for _ in range(3)]
+        assert not self.allow()
 
     def end(self) -> None:
-        self.clock.advance(1.0)
+        self.clock.now += 1
 
 
 # ── Connections ─────────────────────────────────────────────────────────────────────
 
 
-def test_more_threads_than_connections_wait_for_one(
-    redis_url: str, client: redis.Redis, redis_prefix: str
-) -> None:
-    name = redis_prefix.rstrip(":")
-    with app.connect(f"{redis_url}?max_connections=3&client_name={name}", TIMEOUT_S) as bounded:
-        pings = app.in_threads(48, lambda _i: [bounded.ping() for _ in range(5)])
-        ours = [one for one in client.client_list() if one["name"] == name]
-    assert pings == [[True] * 5] * 48
-    assert 1 <= len(ours) <= 3
+@pytest.mark.parametrize("name", ["socket_timeout", "socket_connect_timeout", "timeout"])
+def test_every_wait_is_bounded_and_a_call_is_one_attempt(name: str) -> None:
+    pool = app.connect("redis://127.0.0.1:1/0").connection_pool
+    assert pool.connection_kwargs.get(name, pool.timeout) == 0.25
+    with closing(socket.create_server(("127.0.0.1", 0))) as silent:
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0?max_connections=1"
+        with app.connect(url, 0.05) as client:
+            held = name == "timeout" and client.connection_pool.get_connection
+            error = start(held or client.get, *[] if held else ["key"]).exception(WAIT_S)
+            assert isinstance(error, redis.ConnectionError | redis.TimeoutError)
+        silent.setblocking(False)
+        silent.accept()
+        with pytest.raises(BlockingIOError):
+            silent.accept()
 
 
-def test_pools_are_bounded_and_their_waits_are_short() -> None:
-    for made in (app.connect("redis://127.0.0.1:1/0"), app.connect_async("redis://127.0.0.1:1/0")):
-        pool = made.connection_pool
-        assert (pool.max_connections, pool.timeout) == (32, 0.25)
-        options = pool.connection_kwargs
-        assert (options["socket_timeout"], options["socket_connect_timeout"]) == (0.25, 0.25)
+@pytest.mark.parametrize("kind", [redis.ConnectionPool, redis.BlockingConnectionPool])
+def test_a_pool_that_is_exhausted_is_no_failure_of_redis(own: Any, make: Make, kind: Any) -> None:
+    waits = {} if kind is redis.ConnectionPool else {"timeout": 0.01}
+    pool = kind.from_url(own.url, max_connections=4, **waits)
+    cache = make(client=redis.Redis.from_pool(pool))
+    held = [pool.get_connection() for _ in range(4)]
+    assert app.in_threads(64, lambda i: cache.get_or_load(f"k{i}", lambda: i)) == list(range(64))
+    assert cache.stats()["redis_errors"] >= 64
+    for one in held:
+        pool.release(one)
+    answers = app.in_threads(64, lambda i: cache.get_or_load(f"l{i}", lambda: i))
+    assert answers == list(range(64))
+    assert (cache.breaker.allow(), cache.stats()["breaker_opened"]) == (True, 0)
+    put(cache, "after")
+    assert make().get_many(["after"]) == {"after": "old"}
 
 
-@pytest.fixture
-def hang_up() -> Iterator[tuple[str, list[object]]]:
-    """The URL of a server that accepts and hangs up, and the connections that it has seen."""
-    seen: list[object] = []
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def serve() -> None:
-            while True:
-                try:
-                    connection, address = server.accept()
-                except OSError:
-                    return
-                seen.append(address)
-                connection.close()
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        yield f"redis://127.0.0.1:{server.getsockname()[1]}/0", seen
-        server.shutdown(socket.SHUT_RDWR)
-        thread.join()
+UNFIT: dict[str, tuple[Any, type[Exception], str]] = {
+    "cluster": (object.__new__(redis.RedisCluster), TypeError, r"redis\.cluster"),
+    "asyncio": (redis.asyncio.Redis(), TypeError, r"redis\.asyncio"),
+    "decoding": (redis.Redis(decode_responses=True), ValueError, "decode_responses"),
+}
 
 
-def test_a_call_is_one_attempt(hang_up: tuple[str, list[object]]) -> None:
-    url, seen = hang_up
-    with app.connect(url, TIMEOUT_S) as client, pytest.raises(redis.ConnectionError):
-        client.get("key")
-    assert len(seen) == 1
+@pytest.mark.parametrize("name", UNFIT)
+@pytest.mark.parametrize("kind", ["TieredCache", "Listener", "Sessions", "TokenBucket"])
+def test_a_client_that_will_not_do_is_refused_by_name(name: str, kind: str) -> None:
+    client, error, words = UNFIT[name]
+    others = {"Listener": (app.TieredCache("x"), client), "TokenBucket": (client, 1, 1)}
+    arguments = ("x", client) if kind == "TieredCache" else others.get(kind, (client, "x"))
+    with pytest.raises(error, match=words):
+        getattr(app, kind)(*arguments)
 
 
-def test_an_awaited_call_is_one_attempt(hang_up: tuple[str, list[object]]) -> None:
-    url, seen = hang_up
-
-    async def call() -> None:
-        async with app.connect_async(url, TIMEOUT_S) as client:
-            await client.get("key")
-
-    with pytest.raises(redis.ConnectionError):
-        asyncio.run(call())
-    assert len(seen) == 1
-
-
-@pytest.mark.parametrize("url", ["http://127.0.0.1", "redis://h:1/0?socket_timeout=soon", ""])
-def test_a_malformed_url_is_a_value_error(url: str) -> None:
-    for connect in (app.connect, app.connect_async):
-        with pytest.raises(ValueError, match=r"URL"):
-            connect(url)
-
-
-def test_a_client_that_decodes_is_refused() -> None:
-    for kind, client in (
-        (app.TieredCache, redis.Redis(decode_responses=True)),
-        (app.AsyncTieredCache, redis.asyncio.Redis(decode_responses=True)),
-    ):
-        with pytest.raises(ValueError, match="decode_responses"):
-            kind("test", client)
-
-
-def test_a_busy_pool_costs_nobody_an_error_and_does_not_open_the_breaker(
-    make: Make, redis_url: str
-) -> None:
-    cache = make(url=f"{redis_url}?max_connections=1&timeout=0.02")
-    pool = cache.cache.client.connection_pool
-    held = awaited(cache, pool.get_connection())
-    assert [cache.get_or_load(f"k{i}", lambda: "value") for i in range(5)] == ["value"] * 5
-    assert cache.stats.redis_errors == 5
-    assert (cache.cache.breaker.state, cache.stats.breaker_opened) == ("closed", 0)
-    awaited(cache, pool.release(held))
-    assert cache.set("key", "value") is True
-
-
-# ── The lease ───────────────────────────────────────────────────────────────────────
-
-
-def test_a_lease_has_one_holder_and_a_ttl(client: redis.Redis, redis_prefix: str) -> None:
-    mine, other = (app.RedisLease(client, f"{redis_prefix}lease", 40.0) for _ in range(2))
-    assert (mine.acquire(), other.acquire(), mine.acquire()) == (True, False, False)
-    assert client.get(mine.name) == mine.token.encode()
-    assert 0 < client.pttl(mine.name) <= 40_000
-    assert (other.extend(), other.release()) == (False, False)
-    assert client.get(mine.name) == mine.token.encode()
-    client.pexpire(mine.name, 1_000)
-    assert other.extend() is False
-    assert client.pttl(mine.name) <= 1_000
-    assert mine.extend() is True
-    assert 1_000 < client.pttl(mine.name) <= 40_000
-    assert (mine.release(), mine.release(), mine.extend()) == (True, False, False)
-    assert (client.exists(mine.name), other.acquire()) == (0, True)
-
-
-def test_tokens_differ(client: redis.Redis) -> None:
-    assert len({app.RedisLease(client, "name", 1.0).token for _ in range(100)}) == 100
-
-
-@pytest.mark.parametrize("ttl_s", [0, -1, float("nan"), float("inf")])
-def test_a_lease_without_end_is_refused(client: redis.Redis, ttl_s: float) -> None:
-    with pytest.raises(ValueError, match="ttl_s"):
-        app.RedisLease(client, "name", ttl_s)
-
-
-def lapse(client: redis.Redis, cache: Any, key: str) -> None:
-    """What the server does at the end of a lease."""
-    name = cache.cache.keys.lease(cache.cache.keys.value(key))
-    assert client.pttl(name) > 0
-    client.delete(name)
-
-
-@pytest.mark.parametrize("is_taken_over", [True, False])
-def test_a_fill_after_the_end_of_its_lease_is_refused(
-    make: Make, client: redis.Redis, is_taken_over: bool
-) -> None:
-    slow, quick = make(COPYING), make(COPYING)
-    source = Source("old", held=True)
-    answer = slow.start("get_or_load", "key", source)
-    until(lambda: source.loads)
-    lapse(client, slow, "key")
-    if is_taken_over:
-        assert quick.get_or_load("key", lambda: "new") == "new"
-    source.release()
-    assert answer.result(WAIT_S) == "old"  # what its own loader said
-    assert slow.stats.fills_refused == 1
-    assert stored(client, slow, "key") == ("new" if is_taken_over else app.MISSING)
-    assert not has_copy(slow, "key")
-    assert slow.get_or_load("key", lambda: "new") == "new"
-
-
-def test_who_waits_for_a_lease_takes_it_over_when_its_holder_dies(
-    make: Make, client: redis.Redis, redis_url: str
-) -> None:
-    cache = make(replace(PLAIN, lease_s=60.0, load_timeout_s=60.0))
-    holder = in_another_process(
-        "cache.get_or_load('key', lambda: print('loading', flush=True) or sys.stdin.read())",
-        redis_url,
-        cache,
-    )
-    was_alive = []
-
-    def load() -> str:
-        was_alive.append(holder.poll() is None)
-        return "mine"
-
-    try:
-        assert holder.stdout.readline() == "loading\n"
-        answer = cache.start("get_or_load", "key", load)
-        until(lambda: cache.stats.l2_misses)
-        lease = cache.cache.keys.lease(cache.cache.keys.value("key"))
-        assert client.pttl(lease) > 30_000
-        holder.kill()
-        holder.wait()
-        client.pexpire(lease, 1)  # rather than wait a minute
-        assert answer.result(WAIT_S) == "mine"
-    finally:
-        finish(holder)
-    assert was_alive == [False]
-    assert stored(client, cache, "key") == "mine"
-    assert client.exists(lease) == 0
-
-
-WITH_PATIENCE = (
-    f"?timeout={TIMEOUT_S}&socket_timeout={TIMEOUT_S}&socket_connect_timeout={TIMEOUT_S}"
-)
-
-
-def test_four_processes_load_once_and_who_waits_only_reads(victim: Any, root: redis.Redis) -> None:
-    """Writes are what the server's own table of commands says they are."""
-    commands = root.command()
-    writing = {name for name, about in commands.items() if "write" in about["flags"]}
-    assert {"set", "del", "unlink", "pexpire", "publish"} - writing == {"publish"}
-    workspace = app.Workspace(victim.url + WITH_PATIENCE, root, "Redis")
-    root.config_resetstat()
-    result = app.stampede_processes(workspace, "stampede", 4, 250, 0.3)
-    stats = root.info("commandstats")
-    calls = {name.removeprefix("cmdstat_"): int(about["calls"]) for name, about in stats.items()}
-    writes = {name: count for name, count in calls.items() if name in writing}
-    assert (result.answers, result.loads) == (1_000, 1)
-    assert sum(writes.values()) <= 10, writes
-    assert result.writes == sum(writes.values())
-    assert names(root, "module8-") == {
-        f"{workspace.prefix}:stampede:v1:value:{{hot}}".encode()
-    }  # and no lease
-
-
-# ── Copies in other processes ───────────────────────────────────────────────────────
+# ── The lease between processes ─────────────────────────────────────────────────────
 
 ANOTHER_PROCESS = """
 import importlib, sys
 app = importlib.import_module("03_caching_strategies")
-client = app.connect(sys.argv[1], float(sys.argv[3]))
-cache = app.TieredCache(sys.argv[2], client, app.Policy(lease_s=60.0))
+client = app.connect(sys.argv[1], float(sys.argv[2]))
+cache = app.TieredCache("test:x", client, app.Policy(lease_s=60.0))
 """
-
-
-def in_another_process(work: str, url: str, cache: Any) -> subprocess.Popen[str]:
-    """Python that does `work` with a `cache` of its own of the same namespace."""
-    return subprocess.Popen(
-        [sys.executable, "-c", ANOTHER_PROCESS + work, url, cache.cache.namespace, str(TIMEOUT_S)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> int:
-    if process.poll() is None:
-        process.kill()
-    process.communicate(timeout=WAIT_S)
-    return process.returncode
 
 
 @contextmanager
-def listening(listener: Any, cache: Any, client: redis.Redis) -> Iterator[Any]:
-    with listener(cache.cache, client) as made:
-        assert made.ready.wait(WAIT_S)
-        yield made
+def another_process(url: str, work: str) -> Iterator[Any]:
+    """Python that does `work` with a `cache` of its own."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", ANOTHER_PROCESS + work, url, str(TIMEOUT_S)],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=WAIT_S)
 
 
-@pytest.fixture(params=LISTENERS, ids=["messages", "tracking"])
-def listener(request: pytest.FixtureRequest) -> Any:
-    return request.param
+def calls(root: redis.Redis) -> dict[str, int]:
+    """What the server has been asked, scripts' commands included."""
+    stats = root.info("commandstats")
+    return {name.removeprefix("cmdstat_"): int(about["calls"]) for name, about in stats.items()}
 
 
-CHANGES = """
-client.delete(cache.keys.value("a stranger's DEL"))
-client.set(cache.keys.value("a stranger's SET"), b"foreign", px=60_000)
-cache.invalidate("invalidate")
-cache.set("set", "new")
-cache.invalidate_tag("tag of tag")
-"""
-CHANGED = ("invalidate", "set", "tag", "a stranger's DEL", "a stranger's SET", "none")
+def test_four_processes_load_once_and_who_waits_only_reads(own: Any, root: redis.Redis) -> None:
+    """Writes are what the server's own table of commands says they are."""
+    writing = {name for name, about in root.command().items() if "write" in about["flags"]}
+    answers, loads, *_ = app.stampede_of_processes(app.Workspace(own.url + PATIENT, root, "Redis"))
+    writes = {name: count for name, count in calls(root).items() if name in writing}
+    assert (answers, loads) == (1_000, 1)
+    assert 2 <= sum(writes.values()) <= 10, writes
+    assert len(root.keys()) == 1  # the value, and no lease
 
 
-def test_what_another_process_changes_is_dropped_here(
-    make: Make, listener: Any, redis_url: str
+def test_who_waits_takes_over_from_a_process_that_is_killed(
+    own: Any, root: redis.Redis, make: Make
 ) -> None:
-    cache = make(COPYING)
-    for key in CHANGED:
-        cache.set(key, "old", tags=[f"tag of {key}"])
-    with app.connect(redis_url, TIMEOUT_S) as client, listening(listener, cache, client):
-        assert [cache.get(key) for key in CHANGED] == ["old"] * len(CHANGED)
-        assert all(has_copy(cache, key) for key in CHANGED)
-        assert in_another_process(CHANGES, redis_url, cache).wait(WAIT_S) == 0
-        # In one connection, in order: when the last one is heard, all were that can be.
-        until(no_copies(cache, "tag"))
-        kept = [key for key in CHANGED if has_copy(cache, key)]
-    deaf = ["a stranger's DEL", "a stranger's SET"] if listener is app.MessageListener else []
-    assert kept == [*deaf, "none"]
-    assert cache.get("set") == "new"
-    assert [cache.get(key) for key in ("invalidate", "tag")] == [app.MISSING] * 2
+    cache, was_alive = make(replace(PLAIN, load_timeout_s=60.0)), []
+    lease, held = cache.name("key") + ":lease", "print('x', flush=True) or sys.stdin.read()"
+    with another_process(own.url, f"cache.get_or_load('key', lambda: {held})") as holder:
+        assert holder.stdout.readline() == "x\n"
+        answer = start(cache.get_or_load, "key", lambda: was_alive.append(holder.poll()) or "mine")
+        until(lambda: calls(root).get("exists", 0) > 3)
+        holder.kill()
+        holder.wait()
+        assert 30_000 < root.pttl(lease) <= 60_000
+        root.pexpire(lease, 1)  # rather than wait a minute
+        assert finished([answer]) == ["mine"]
+    assert was_alive == [-9]
+    assert make().get_many(["key"]) == {"key": "mine"}
+    assert root.exists(lease) == 0
 
 
-def test_a_cache_sends_its_id_and_does_not_hear_itself(make: Make, client: redis.Redis) -> None:
-    here, other = make(COPYING), make(COPYING)
-    keys, sender = here.cache.keys, here.cache.id
-    with client.pubsub() as spy, listening(app.MessageListener, here, client):
-        spy.subscribe(keys.channel)
-        assert spy.get_message(timeout=WAIT_S)["type"] == "subscribe"
-        here.set("mine", 1)
-        heard = spy.get_message(timeout=WAIT_S)["data"]
-        assert heard == f"{sender} {keys.value('mine')}".encode()
-        other.set("theirs", 1)
-        for key in ("mine", "theirs"):  # until no message comes between
-            until(lambda key=key: here.get(key) == 1 and has_copy(here, key))
-        client.publish(keys.channel, heard)  # once more, now that there is a copy
-        other.invalidate("theirs")
-        until(no_copies(here, "theirs"))
-        assert has_copy(here, "mine")
+@pytest.mark.parametrize("how", ["ends", "is taken over", "is invalidated"])
+def test_a_fill_whose_lease_is_gone_is_refused(root: redis.Redis, make: Make, how: str) -> None:
+    slow, other, source = make(COPYING), make(COPYING), Source("old", held=True)
+    answer = start(slow.get_or_load, "key", source)
+    until(lambda: source.loads)
+    if how == "is invalidated":
+        assert other.invalidate("key") is True
+    else:
+        assert root.delete(slow.name("key") + ":lease") == 1  # as the server does at its end
+    if how == "is taken over":
+        put(other, "key", value="new")
+    source.release()
+    assert finished([answer]) == ["old"]  # what its own loader said
+    assert (slow.stats()["fills_refused"], has_copy(slow, "key")) == (1, False)
+    assert make().get_many(["key"]) == ({"key": "new"} if how == "is taken over" else {})
 
 
-def test_tracking_hears_the_cache_s_own_fill_and_then_keeps_what_it_reads(
-    make: Make, client: redis.Redis, redis_url: str
-) -> None:
-    cache = make(COPYING)
-    with (
-        app.connect(redis_url, TIMEOUT_S) as tracked,
-        listening(app.TrackingListener, cache, tracked),
-    ):
-        cache.get_or_load("key", lambda: "value")
-        until(no_copies(cache, "key"))
-        assert (cache.get("key"), has_copy(cache, "key")) == ("value", True)
-    assert cache.stats.loads == 1
-
-
-def test_keys_that_are_hashed_are_heard_of(make: Make, listener: Any, redis_url: str) -> None:
-    here, other = make(COPYING), make(COPYING)
-    keys = ["k" * 10_000, "{braces}", "tab\t", "ключ", "\ud800"]
-    for key in keys:
-        other.set(key, "old")
-    with app.connect(redis_url, TIMEOUT_S) as client, listening(listener, here, client):
-        assert here.get_many(keys) == dict.fromkeys(keys, "old")
-        assert all(has_copy(here, key) for key in keys)
-        other.invalidate(*keys)
-        until(no_copies(here, *keys))
-
-
-def test_a_flushed_database_drops_every_copy(make_on_victim: Make, root: redis.Redis) -> None:
-    cache = make_on_victim(COPYING)
-    cache.set("a", 1)
-    cache.set("b", 2)
-    with listening(app.TrackingListener, cache, root):
-        assert cache.get_many(["a", "b"]) == {"a": 1, "b": 2}
-        assert has_copy(cache, "a")
-        root.flushdb()
-        until(lambda: not (has_copy(cache, "a") or has_copy(cache, "b")))
-
-
-def test_a_listener_outlives_its_server_and_drops_what_it_may_have_missed(
-    make_on_victim: Make, listener: Any, victim: Any
-) -> None:
-    cache, other = make_on_victim(COPYING), make_on_victim(COPYING)
-    with app.connect(victim.url, TIMEOUT_S) as client, listening(listener, cache, client) as made:
-        victim.kill()
-        until(lambda: not made.ready.is_set())
-        cache.set("key", "only here")
-        assert has_copy(cache, "key")
-        victim.start()
-        assert made.ready.wait(WAIT_S)
-        assert not has_copy(cache, "key")  # dropped before it is said to listen
-        until(lambda: cache.get("key") is app.MISSING)  # and its breaker closed
-        until(lambda: other.set("key", "old"))
-        until(lambda: cache.get("key") == "old" and has_copy(cache, "key"))
-        other.invalidate("key")
-        until(no_copies(cache, "key"))
-
-
-def test_a_listener_waits_for_a_server_that_is_not_there_yet(
-    make_on_victim: Make, listener: Any, victim: Any
-) -> None:
-    cache = make_on_victim(COPYING)
-    victim.kill()
-    with app.connect(victim.url, TIMEOUT_S) as client, listener(cache.cache, client) as made:
-        assert not made.ready.is_set()
-        victim.start()
-        assert made.ready.wait(WAIT_S)
-
-
-@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_foreign_message_does_not_end_a_listener(make: Make, client: redis.Redis) -> None:
-    here, other = make(COPYING), make(COPYING)
-    with listening(app.MessageListener, here, client):
-        here.set("key", "old")
-        for junk in (b"", b"no-blank", b"\xff\xfe not UTF-8", b"sender " + b"k" * 10_000):
-            client.publish(here.cache.keys.channel, junk)
-        other.invalidate("key")
-        until(no_copies(here, "key"))
-
-
-def test_tracking_without_resp3_never_says_that_it_listens(blocking: Make, redis_url: str) -> None:
-    """RESP3 alone pushes invalidations: refused, or never ready, but not ready and deaf."""
-    here, other = blocking(COPYING), blocking(COPYING)
-    other.set("key", "old")
-    with ExitStack() as stack:
-        resp2 = stack.enter_context(app.connect(f"{redis_url}?protocol=2", TIMEOUT_S))
-        try:
-            made = stack.enter_context(app.TrackingListener(here.cache, resp2))
-        except ValueError:
-            return
-        if made.ready.wait(1.0):
-            assert here.get("key") == "old"
-            other.invalidate("key")
-            until(no_copies(here, "key"))
-
-
-def test_a_tracked_connection_is_not_given_back(
-    make: Make, client: redis.Redis, redis_url: str, redis_prefix: str
-) -> None:
-    """The flag t of CLIENT LIST: tracked."""
-    name = redis_prefix.rstrip(":")
-
-    def flags() -> list[str]:
-        return [one["flags"] for one in client.client_list() if one["name"] == name]
-
-    with app.connect(f"{redis_url}?client_name={name}", TIMEOUT_S) as tracked:
-        with listening(app.TrackingListener, make(), tracked):
-            assert any("t" in flag for flag in flags())
-        assert tracked.ping()
-        until(lambda: not any("t" in flag for flag in flags()))
-        assert flags()
-
-
-# ── An invalidation is not undone ───────────────────────────────────────────────────
-
-
-def meanwhile(cache: Any, script: Any, work: Callable[[], object]) -> None:
-    """Do `work` once, between Redis's next answer to `script` and the cache's next step."""
-    send = cache.cache._send
-
-    def hooked(calls: Sequence[tuple[Any, ...]]) -> Any:
-        replies = send(calls)
-        if any(script.sha in call for call in calls):
-            del cache.cache._send
-            work()
-        return replies
-
-    cache.cache._send = hooked
+# ── Copies in other processes ───────────────────────────────────────────────────────
 
 
 @pytest.fixture
-def blocking(redis_url: str, redis_prefix: str) -> Iterator[Make]:
-    with maker("sync", redis_url, f"{redis_prefix}x") as made:
-        yield made
+def heard(make: Make) -> Iterator[Any]:
+    """A cache with a listener, and copies of a, b, a long key, and one with tags."""
+    cache = make(COPYING)
+    with closing(app.Listener(cache, cache.client)) as listener:
+        assert listener.ready.wait(WAIT_S)
+        put(cache, "a", "b", "k" * 10_000)
+        put(cache, "tagged", tags=["tag", "more"])
+        yield cache
 
 
-@pytest.mark.parametrize("who", ["same cache", "another, heard"])
-def test_a_set_that_an_invalidation_overtakes_leaves_no_copy(
-    blocking: Make, client: redis.Redis, who: str
+def test_what_another_process_invalidates_is_dropped_here(own: Any, make: Make, heard: Any) -> None:
+    work, keys = "cache.invalidate('a', 'k' * 10_000, tags=['tag'])", ["a", "k" * 10_000, "tagged"]
+    assert [has_copy(heard, key) for key in keys] == [True] * 3
+    with another_process(own.url, work) as process:
+        assert process.wait(WAIT_S) == 0
+    until(lambda: not has_copy(heard, *keys))
+    assert has_copy(heard, "b")
+    assert make().get_many([*keys, "b"]) == {"b": "old"}
+
+
+def test_a_listener_that_is_cut_off_connects_again_and_drops_all(
+    root: redis.Redis, make: Make, heard: Any
 ) -> None:
-    """Redis has stored, then dropped the value; the setter comes to its own copy only then."""
-    here, other = blocking(COPYING), blocking(COPYING)
-
-    def invalidate() -> None:
-        if who == "same cache":
-            here.invalidate("key")
-        else:
-            other.invalidate("key")
-            here.cache.forget(here.cache.keys.value("key"))  # as its listener does
-
-    meanwhile(here, app.PUT, invalidate)
-    here.set("key", "old")
-    assert stored(client, here, "key") is app.MISSING
-    assert here.get("key") is app.MISSING
+    assert root.execute_command("CLIENT", "KILL", "TYPE", "pubsub") == 1
+    until(lambda: not has_copy(heard, "a", "b", "tagged"))  # though nobody invalidated them
+    put(heard, "a", "b")
+    make().invalidate("a")
+    until(lambda: not has_copy(heard, "a"))
+    assert has_copy(heard, "b")
 
 
-def test_a_fill_that_an_invalidation_overtakes_leaves_no_copy(
-    blocking: Make, client: redis.Redis
+def test_a_listener_waits_for_a_redis_that_is_not_there_yet(own: Any, make: Make) -> None:
+    cache = make(COPYING)
+    own.kill()
+    with closing(app.Listener(cache, cache.client)) as listener:
+        put(cache, "key")
+        assert (has_copy(cache, "key"), listener.ready.is_set()) == (True, False)
+        own.start()
+        assert listener.ready.wait(WAIT_S)
+        assert not has_copy(cache, "key")  # dropped before it is said to listen
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_foreign_message_does_no_harm(root: redis.Redis, make: Make, heard: Any) -> None:
+    for junk in (b"", b"*", b"\xff\xfe", b"k" * 10_000, heard.name("nobody's").encode()):
+        assert root.publish(heard.namespace, junk) == 1
+    make().invalidate("a")
+    until(lambda: not has_copy(heard, "a"))
+    assert (has_copy(heard, "b"), has_copy(heard, "tagged")) == (True, True)
+
+
+def test_a_user_without_rights_on_channels(
+    own: Any, root: redis.Redis, make: Make, caplog: Caplog
 ) -> None:
-    here = blocking(COPYING)
-    meanwhile(here, app.FILL, lambda: here.invalidate("key"))
-    assert here.get_or_load("key", lambda: "old") == "old"
-    assert stored(client, here, "key") is app.MISSING
-    assert here.get("key") is app.MISSING
+    """The default of Redis 7: his invalidation is done, but the other processes are not told."""
+    rights = ["reset", "on", ">secret", "~*", "resetchannels", "+@all"]
+    root.execute_command("ACL", "SETUSER", "mute", *rights)
+    client = app.connect(f"redis://mute:secret@127.0.0.1:{own.port}/0", TIMEOUT_S)
+    cache, other, source = make(client=client), make(), Source("new")
+    put(other, "a", "b", tags=["tag"])
+    for loads, invalidated in ((2, {"tags": ["tag"]}), (4, {"keys": ["a", "b"]})):
+        assert cache.invalidate(*invalidated.get("keys", ()), tags=invalidated.get("tags", ()))
+        assert other.get_many(["a", "b"]) == {}
+        answers = [cache.get_or_load(key, source, tags=["tag"]) for key in "ab" * 20]
+        assert (answers, source.loads) == (["new"] * 40, loads)
+    (warning,) = [one for one in caplog.records if one.levelno >= logging.WARNING]
+    assert "permission" in warning.getMessage()
+    with closing(app.Listener(deaf := make(client=client), client)) as listener:
+        until(lambda: deaf.stats()["untold"] > 1)
+        assert not listener.ready.is_set()
+    assert caplog.text.count("permission") == 2  # said once more, by another cache
+    client.close()
 
 
-def test_an_invalidation_made_while_one_of_its_key_is_replayed_is_not_lost(blocking: Make) -> None:
-    away, other = Away(), blocking()
-    cache = blocking(breaker=away.breaker)
+# ── Redis is away ───────────────────────────────────────────────────────────────────
 
-    def again() -> None:
-        assert other.set("key", "old")
-        away.begin()
-        assert cache.invalidate("key") is False  # kept, it says
-
-    away.begin()
-    assert cache.invalidate("key") is False
-    away.end()
-    meanwhile(cache, app.DROP, again)
-    cache.get("other")
-    away.end()
-    assert cache.get("another") is app.MISSING
-    assert cache.cache.breaker.state == "closed"
-    assert other.get("key") is app.MISSING
+each_outage = pytest.mark.parametrize("how", ["killed", "stopped"])
 
 
-# ── Redis is away: killed, stopped, refusing ────────────────────────────────────────
-
-
-def fail(victim: Any, how: str) -> Callable[[], None]:
-    """Stop the server; the answer starts it again."""
-    if how == "killed":
-        victim.kill()
-        return victim.start
-    victim.pause()
-    return victim.resume
-
-
-@pytest.mark.parametrize("how", ["killed", "stopped"])
+@each_outage
 def test_three_failures_open_the_breaker_and_a_probe_closes_it(
-    make_on_victim: Make, victim: Any, root: redis.Redis, how: str
+    make: Make, trouble: Any, how: str
 ) -> None:
     away = Away()
-    cache = make_on_victim(timeout_s=IMTIMEOUT_S, breaker=away.breaker)
-    assert cache.get_or_load("before", lambda: "before") == "before"
-    restore = fail(victim, how)
+    cache = make(timeout_s=IMPATIENT_S, breaker=away)
+    put(cache, "before")
+    with trouble(how):
+        put(cache, *(f"k{i}" for i in range(20)))
+        names, stats = "redis_errors breaker_opened short_circuited loads".split(), cache.stats()
+        assert [stats[name] for name in names] == [3, 1, 17, 21]
+        away.end()
+        put(cache, "probe", "after the probe")
+        assert (cache.stats()["redis_errors"], cache.breaker.allow()) == (4, False)
+    put(cache, "early")  # the breaker asks nobody yet
+    assert make().get_many(["early"]) == {}
+    until(lambda: away.end() or put(cache, "late") or cache.breaker.allow())
+    assert make().get_many(["late"]) == {"late": "old"}
+    assert cache.stats()["breaker_opened"] == 1
+
+
+@each_outage
+def test_under_load_no_caller_sees_an_outage(make: Make, trouble: Any, how: str) -> None:
+    breaker, answers, is_ending = app.CircuitBreaker(3, 0.1), list[bool](), list[bool]()
+    cache = make(replace(PLAIN, ttl_s=0.2), timeout_s=IMPATIENT_S, breaker=breaker)
+
+    def read(i: int) -> None:
+        while not is_ending:
+            answers.append(cache.get_or_load(f"k{i % 4}", lambda: i % 4) == i % 4)
+
+    def more(counted: str) -> None:
+        before, goal = cache.stats()[counted], len(answers) + 200
+        until(lambda: cache.stats()[counted] > before and len(answers) > goal, counted)
+
+    reading = [start(read, i) for i in range(8)]
     try:
-        for i in range(20):
-            assert cache.get_or_load(f"k{i}", lambda i=i: i) == i
-        stats = cache.stats
-        assert (stats.redis_errors, stats.breaker_opened) == (3, 1)
-        assert stats.short_circuited == 17
-        assert (stats.loads, away.breaker.state) == (1 + 20, "open")
-        away.end()
-        assert cache.get_or_load("probe", lambda: "probe") == "probe"
-        assert (cache.stats.redis_errors, away.breaker.state) == (4, "open")
+        more("l2_hits")
+        with trouble(how):
+            more("short_circuited")
+        more("l2_hits")
     finally:
-        restore()
-    assert cache.get_or_load("early", lambda: "early") == "early"  # the breaker asks nobody yet
-    assert (cache.stats.redis_errors, stored(root, cache, "early")) == (4, app.MISSING)
-
-    def is_back() -> bool:
-        away.end()
-        cache.get_or_load("late", lambda: "late")
-        return bool(away.breaker.state == "closed")
-
-    until(is_back)
-    until(lambda: cache.get("late") == "late")
-    assert cache.stats.breaker_opened == 1
-
-
-@pytest.mark.parametrize("how", ["killed", "stopped"])
-def test_under_load_no_caller_sees_an_outage(victim: Any, how: str) -> None:
-    answers: list[bool] = []
-    with maker("sync", victim.url, "test:x") as made:
-        breaker = app.CircuitBreaker(3, 0.1)
-        cache = made(replace(PLAIN, ttl_s=0.2), IMTIMEOUT_S, breaker=breaker)
-        ending = threading.Event()
-
-        def read(i: int) -> None:
-            key = f"k{i % 4}"
-            while not ending.is_set():
-                answers.append(cache.get_or_load(key, lambda: key) == key)
-
-        def some_more() -> None:
-            goal = len(answers) + 200
-            until(lambda: len(answers) > goal)
-
-        with ThreadPoolExecutor(8) as threads:
-            reading = [threads.submit(read, i) for i in range(8)]
-            try:
-                some_more()
-                restore = fail(victim, how)
-                try:
-                    until(lambda: breaker.state == "open")
-                    some_more()
-                finally:
-                    restore()
-                until(lambda: breaker.state == "closed")
-                some_more()
-            finally:
-                ending.set()
-            for future in reading:
-                future.result(WAIT_S)
-        stats = cache.stats
+        is_ending.append(True)
+    assert finished(reading) == [None] * 8
     assert all(answers)
-    assert stats.breaker_opened >= 1
-    assert stats.short_circuited > 0
-    assert stats.load_errors == 0
 
 
 FIRST_CALLS: dict[str, Callable[[Any], object]] = {
-    "get": lambda cache: cache.get("other"),
     "get_or_load": lambda cache: cache.get_or_load("other", lambda: 1),
+    "tags": lambda cache: cache.get_or_load("other", lambda: 1, tags=["tag"]),
     "get_many": lambda cache: cache.get_many(["other", "another"]),
     "load_many": lambda cache: cache.get_many(["other"], lambda keys: dict.fromkeys(keys, 1)),
-    "set": lambda cache: cache.set("other", 1, tags=["tag"]),
+    "itself": lambda cache: cache.get_or_load("old 0", lambda: "new"),
     "invalidate": lambda cache: cache.invalidate("other"),
 }
 
 
 @pytest.mark.parametrize("first", FIRST_CALLS)
-def test_what_was_invalidated_while_redis_was_away_is_gone_after_the_first_call(
-    make: Make, client: redis.Redis, first: str
-) -> None:
-    away, other = Away(), make()
-    cache = make(breaker=away.breaker)
-    for i in range(250):  # some batches
-        other.set(f"old {i}", "old")
-    other.set("tagged", "old", tags=["gone"])
-    other.set("kept", "kept")
+def test_what_redis_missed_is_made_up_for_before_the_first_call(make: Make, first: str) -> None:
+    away, other, old = Away(), make(), [f"old {i}" for i in range(250)]
+    cache = make(breaker=away)
+    other.get_many([*old, "kept"], lambda keys: dict.fromkeys(keys, "old"))
+    put(other, "tagged", tags=["gone"])
     away.begin()
-    assert cache.invalidate(*(f"old {i}" for i in range(250))) is False
-    assert cache.invalidate_tag("gone") is False
-    assert cache.set("set", "new") is False
-    assert other.get("old 0") == "old"  # for others, until Redis answers us
+    assert (cache.invalidate(*old), cache.invalidate(tags=["gone"])) == (False, False)
+    assert len(other.get_many([*old, "tagged"])) == 251  # for others, until Redis answers us
     away.end()
     FIRST_CALLS[first](cache)
-    found = other.get_many([f"old {i}" for i in range(250)] + ["tagged", "kept"])
-    assert found == {"kept": "kept"}
-    assert cache.cache.breaker.state == "closed"
+    found = {"old 0": "new"} if first == "itself" else {}
+    assert other.get_many([*old, "tagged", "kept"]) == {**found, "kept": "old"}
+    assert cache.breaker.allow()
 
 
-def test_a_value_set_while_redis_was_away_replaces_the_old_one(make: Make) -> None:
+def test_the_replay_outlives_a_second_outage(own: Any, make: Make) -> None:
+    """In which Redis is killed in earnest, just when the replay begins."""
     away, other = Away(), make()
-    cache = make(COPYING, breaker=away.breaker)
-    other.set("key", "old")
+    cache = make(breaker=away)
     away.begin()
-    assert cache.set("key", "new") is False
-    assert cache.get("key") == "new"  # in this process
+    assert cache.invalidate("key") is False
     away.end()
-    cache.get("other")
-    assert other.get("key") is app.MISSING
+    own.kill()
+    put(cache, "key", value="source")
+    own.start()
+    until(lambda: put(other, "key") or other.get_many(["key"]))
+    until(lambda: away.end() or put(cache, "other") or cache.breaker.allow())
+    assert other.get_many(["key"]) == {}
 
 
-def test_the_replay_outlives_a_second_outage(make: Make) -> None:
-    away, other = Away(), make()
-    cache = make(breaker=away.breaker)
-    other.set("key", "old")
-    away.begin()
-    cache.invalidate("key")
-    away.end()
-    away.begin()
-    assert cache.get_or_load("key", lambda: "source") == "source"
-    assert other.get("key") == "old"
-    away.end()
-    assert cache.get_or_load("key", lambda: "source") == "source"
-    assert other.get("key") == "source"
+class Watched(redis.Redis):
+    """Calls `after` once, when a pipeline has its answers and its owner has not."""
+
+    after: Callable[[], object] | None = None
+
+    def pipeline(self, *args: Any, **kwargs: Any) -> Any:
+        pipe: Any = super().pipeline(*args, **kwargs)
+        execute = pipe.execute
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            replies, work, self.after = execute(*args, **kwargs), self.after, None
+            _ = work and work()
+            return replies
+
+        pipe.execute = watched
+        return pipe
 
 
-def test_more_invalidations_than_can_be_kept_are_an_error(
-    make: Make, monkeypatch: pytest.MonkeyPatch
+def test_an_invalidation_made_while_one_of_its_key_is_replayed_is_not_lost(
+    own: Any, make: Make
 ) -> None:
-    monkeypatch.setattr(app, "MAX_PENDING", 3)
     away, other = Away(), make()
-    cache = make(COPYING, breaker=away.breaker)
-    for key in "abcd":
-        cache.set(key, "old")
+    with Watched.from_url(own.url) as client:
+        cache = make(client=client, breaker=away)
+        away.begin()
+        assert cache.invalidate("key", "another") is False
+        away.end()
+        again: list[object] = []
+        client.after = lambda: put(other, "key", "another") or again.append(cache.invalidate("key"))
+        put(cache, "first")
+        assert again == [False]  # kept, it says
+        put(cache, "second")
+    assert other.get_many(["key", "another"]) == {"another": "old"}
+
+
+def test_more_invalidations_than_are_kept_are_an_error(make: Make) -> None:
+    away, other = Away(), make()
+    cache = make(COPYING, breaker=away)
+    put(cache, "0", "9999", "one more")
     away.begin()
-    assert [cache.invalidate(key) for key in "abc"] == [False] * 3
+    for i in range(20):  # loads in an outage leave room for invalidations
+        keys = [f"{i}:{j}" for j in range(1_000)]
+        assert cache.get_many(keys, lambda keys: dict.fromkeys(keys, 1)) == dict.fromkeys(keys, 1)
+    assert cache.invalidate(*map(str, range(10_000))) is False
     with pytest.raises(app.InvalidationLost):
-        cache.invalidate("d")
-    assert no_copies(cache, *"abcd")()
-    with pytest.raises(app.InvalidationLost):
-        cache.set("d", "new")
+        cache.invalidate("one more")
+    assert not has_copy(cache, "0", "9999", "one more")
+    assert cache.invalidate("0", "77") is False  # they wait already
     away.end()
-    cache.get("other")
-    assert other.get_many(list("abcd")) == {"d": "old"}
-    assert cache.invalidate("d") is True
+    put(cache, "other")
+    assert other.get_many(["0", "9999", "one more"]) == {"one more": "old"}
 
 
-def everything(cache: Any, forget_scripts: Callable[[], object]) -> None:
-    """Each kind of round trip, and what it must have done in Redis, as another cache sees it."""
-    forget_scripts()
-    assert cache.get_or_load("one", lambda: 1) == 1
-    forget_scripts()
-    assert cache.get_or_load("tagged", lambda: 2, tags=["a", "b"]) == 2
-    forget_scripts()
-    assert cache.get_many(["m", "n"], lambda keys: dict.fromkeys(keys, 3)) == {"m": 3, "n": 3}
-    forget_scripts()
-    assert cache.set("set", 4, tags=["a"]) is True
-    forget_scripts()
-    assert cache.invalidate("m", "n") is True
-    forget_scripts()
-    assert cache.invalidate_tag("b") is True
-    with pytest.raises(ZeroDivisionError):
-        cache.get_or_load("fails", lambda: 1 // 0)
-    stats = cache.stats
-    assert (stats.redis_errors, stats.loads, stats.fills_refused) == (0, 4, 0)
+# ── Redis refuses ───────────────────────────────────────────────────────────────────
 
 
-EVERY_KEY = ["one", "tagged", "m", "n", "set", "fails"]
-
-
-@pytest.mark.parametrize("forgets", [True, False], ids=["SCRIPT FLUSH", "scripts known"])
-def test_every_round_trip_with_and_without_the_scripts(
-    make_on_victim: Make, root: redis.Redis, forgets: bool
+@pytest.mark.parametrize("how", ["full", "read-only"])
+def test_a_redis_that_takes_no_writes_costs_nobody_an_error(
+    make: Make, trouble: Any, how: str, caplog: Caplog
 ) -> None:
-    cache, other = make_on_victim(), make_on_victim()
-    everything(cache, root.script_flush if forgets else root.ping)
-    assert other.get_many(EVERY_KEY) == {"one": 1, "set": 4}
-    leases = names(root, "test:x:v1:lease:")
-    assert leases == set()
+    cache, other, many = make(COPYING), make(), dict.fromkeys("mn", "old")
+    put(other, "there", "there too", "gone")
+    with trouble(how):
+        assert cache.get_or_load("there", lambda: "again") == "old"
+        for _ in range(2):
+            put(cache, "key")
+            put(cache, "tagged", tags=["a", "b"])
+            assert cache.get_many(many, lambda keys: many) == many
+        assert cache.stats()["loads"] == 3  # then kept in this process
+        assert cache.get_or_load("there too", lambda: "again") == "old"  # reads go on
+        assert cache.invalidate("gone") is (how == "full")
+        put(cache, *"12345")
+    assert cache.stats()["redis_errors"] >= 4
+    assert (cache.breaker.allow(), cache.stats()["breaker_opened"]) == (True, 0)  # it answers
+    assert len([one for one in caplog.records if one.levelno >= logging.WARNING]) == 1
+    put(cache, "next")
+    assert other.get_many(["gone", "next", "key"]) == {"next": "old"}
 
 
-def test_a_replay_gives_the_server_its_scripts(make_on_victim: Make, root: redis.Redis) -> None:
-    away, other = Away(), make_on_victim()
-    cache = make_on_victim(breaker=away.breaker)
-    for key in "ab":
-        other.set(key, "old")
-    away.begin()
-    cache.invalidate("a", "b")
-    away.end()
-    root.script_flush()
-    cache.get("other")
-    assert other.get_many(["a", "b"]) == {}
-
-
-def test_scripts_called_by_a_bare_client_survive_a_flush(root: redis.Redis) -> None:
-    lease = app.RedisLease(root, "test:lease", 10.0)
-    lease.acquire()
-    for call in (lease.extend, lease.release, lambda: app.TokenBucket(root, 1, 1).take("b")[0]):
-        root.script_flush()
-        assert call() is True
-
-
-def out_of_memory(root: redis.Redis) -> None:
-    root.config_set("maxmemory", "1")
-
-
-def read_only(root: redis.Redis) -> None:
-    root.replicaof("127.0.0.1", 1)
-
-
-def well_again(root: redis.Redis) -> None:
-    root.replicaof("NO", "ONE")
-    root.config_set("maxmemory", "0")
-
-
-@pytest.mark.parametrize("refuse", [out_of_memory, read_only])
-def test_a_server_that_refuses_writes_costs_no_caller_an_error(
-    make_on_victim: Make, root: redis.Redis, refuse: Callable[[redis.Redis], None]
+@pytest.mark.parametrize("forgets", [False, True])
+def test_all_that_a_cache_leaves_expires_and_no_script_is_missed(
+    root: redis.Redis, make: Make, forgets: bool
 ) -> None:
-    cache, other = make_on_victim(COPYING), make_on_victim()
-    other.set("there", "there")
-    other.set("old", "old")
-    refuse(root)
-    assert cache.get("there") == "there"
-    assert cache.get_or_load("key", lambda: "value") == "value"
-    assert cache.get_or_load("tagged", lambda: "value", tags=["a", "b"]) == "value"
-    assert cache.get_many(["m"], lambda keys: dict.fromkeys(keys, 1)) == {"m": 1}
-    assert cache.set("old", "new") is False
-    assert cache.get_many(["key", "old"]) == {"key": "value", "old": "new"}  # from this process
-    stats = cache.stats
-    assert stats.redis_errors >= 4
-    assert (stats.breaker_opened, cache.cache.breaker.state) == (0, "closed")  # it answers
-    well_again(root)
-    cache.get("other")
-    assert other.get("old") is app.MISSING
-    assert cache.get_or_load("next", lambda: "next") == "next"
-    assert other.get("next") == "next"
+    cache, leased = make(replace(PLAIN, stale_if_error_s=30.0)), list[int]()
+
+    def load() -> str:
+        leased.extend(map(root.pttl, root.keys("*:lease")))
+        return "old"
+
+    steps: list[Callable[[], object]] = [
+        lambda: cache.get_or_load("long", load, ttl_s=3600, tags=["tag"]),
+        lambda: put(cache, "tagged", tags=["tag", "other"]),
+        lambda: cache.get_or_load("none", lambda: None, ttl_s=3600),
+        lambda: cache.get_many(["m", "n"], lambda keys: dict.fromkeys(keys, 3)),
+        lambda: cache.invalidate("m"),
+        lambda: cache.invalidate(tags=["other"]),
+        lambda: app.failure(lambda: cache.get_or_load("fails", lambda: 1 // 0)),
+    ]
+    for step in steps:
+        _ = root.script_flush() if forgets else None
+        step()
+    names, stats = "redis_errors loads load_errors fills_refused".split(), cache.stats()
+    assert [stats[name] for name in names] == [0, 4, 1, 0]
+    found = cache.get_many(["long", "tagged", "none", "m", "n", "fails"])
+    assert found == {"long": "old", "none": None, "n": 3}
+    assert (len(leased), 0 < leased[0] <= 60_000) == (1, True)
+    left = {name.decode(): root.pttl(name) for name in root.scan_iter()}
+    lives = [left.pop(cache.name(name)) for name in ("long", "none")]
+    assert 1000 * 3_600 < lives[0] <= 1000 * 3_630 < left[cache.name("tag", "tag")]
+    assert lives[1] <= 1000 * (PLAIN.negative_ttl_s + 30)
+    assert all(life_ms > 0 and not name.endswith(":lease") for name, life_ms in left.items())
 
 
-# ── What is left, and what is asked for ─────────────────────────────────────────────
+# ── Sessions ────────────────────────────────────────────────────────────────────────
 
 
-def test_all_that_a_cache_leaves_expires(
-    make: Make, client: redis.Redis, redis_prefix: str
-) -> None:
-    cache = make(replace(PLAIN, stale_if_error_s=30.0))
-    leased: list[int] = []
-
-    def load() -> int:
-        found = names(client, f"{redis_prefix}x:v1:lease:")
-        leased.extend(client.pttl(name) for name in found)
-        return 1
-
-    everything(cache, lambda: None)
-    cache.get_or_load("seen", load, tags=["tag"])
-    cache.get_or_load("none", lambda: None, ttl_s=3600)
-    cache.set("long", "value", ttl_s=3600, tags=["long"])
-    assert len(leased) == 1
-    assert 0 < leased[0] <= 1000 * PLAIN.lease_s
-    left = {name: client.pttl(name) for name in names(client, redis_prefix)}
-    assert len(left) >= 8
-    assert {name: ttl for name, ttl in left.items() if ttl <= 0} == {}
-    value, tag, none = (
-        left[name.encode()]
-        for name in (
-            cache.cache.keys.value("long"),
-            cache.cache.keys.tag("long"),
-            cache.cache.keys.value("none"),
-        )
-    )
-    assert 3_600_000 < value <= 3_630_000 < tag  # a tag outlives what carries it
-    assert none <= 1000 * (PLAIN.negative_ttl_s + 30)
+def session_key(token: str) -> str:
+    return f"test:s:{hashlib.sha256(token.encode()).hexdigest()}"
 
 
-def test_a_user_who_may_do_this_much_and_no_more_will_do(
-    flavour: str, victim: Any, root: redis.Redis, listener: Any
-) -> None:
-    admit(root, "cache", "secret", "test:x:")
-    url = f"redis://cache:secret@127.0.0.1:{victim.port}/0"
+def test_a_session_slides_and_its_token_is_nowhere(root: redis.Redis) -> None:
+    sessions, user = app.Sessions(root, "test:s", idle_s=100.0), {"id": 7, "roles": ["admin"]}
+    token, another = sessions.create(user), sessions.create({"id": 8})
+    key = session_key(token)
+    assert (sessions.get(token), sessions.get(another)) == (user, {"id": 8})
+    assert min(len(token), len(another)) >= 43  # 256 bits in base64
+    root.pexpire(key, 5_000)  # as after 95 s
+    assert sessions.get(token) == user
+    assert 5_000 < root.pttl(key) <= 100_000  # begun anew
+    for forged in ("", token[:-1], key, key.removeprefix("test:s:"), "*"):
+        assert sessions.get(forged) is None
+    assert token.encode() not in b"".join([*root.scan_iter(), root.get(key)])
+    sessions.end(token)
+    assert (sessions.get(token), sessions.get(another)) == (None, {"id": 8})
+
+
+@pytest.mark.parametrize("raw", [b"", b"foreign", b"\x80\x04N.", b"{", b"1", b'"x"', b"[1]"])
+def test_foreign_bytes_let_nobody_in(root: redis.Redis, raw: bytes) -> None:
+    root.set(session_key("token"), raw)
+    assert app.Sessions(root, "test:s").get("token") is None
+
+
+def test_stores_that_are_away_say_so() -> None:
+    with app.connect("redis://127.0.0.1:1/0") as nowhere:
+        sessions, bucket = app.Sessions(nowhere, "test"), app.TokenBucket(nowhere, 1, 1)
+        for call in (sessions.get, sessions.end, bucket.wait_s, lambda _: sessions.create({})):
+            with pytest.raises(redis.ConnectionError):
+                call("test")
+
+
+# ── A token bucket ──────────────────────────────────────────────────────────────────
+
+
+def at_ms(root: redis.Redis) -> float:
+    """When the bucket was last touched, by the server's clock."""
+    return float(root.hget("bucket", "at") or "nan")
+
+
+def touched(root: redis.Redis, seconds: float) -> None:
+    """As if the last touch had been `seconds` earlier."""
+    root.hset("bucket", "at", repr(at_ms(root) - 1000 * seconds))
+
+
+def test_eight_clients_get_exactly_the_capacity(own: Any, root: redis.Redis) -> None:
     with ExitStack() as stack:
-        make = stack.enter_context(maker(flavour, url, "test:x"))
-        client = stack.enter_context(app.connect(url, TIMEOUT_S))
-        cache, other = make(COPYING), make()
-        stack.enter_context(listening(listener, cache, client))
-        everything(cache, root.script_flush)
-        other.set("heard", 1)
-        until(lambda: cache.get("heard") == 1 and has_copy(cache, "heard"))
-        other.invalidate("heard")
-        until(no_copies(cache, "heard"))
-    refused = root.execute_command("ACL", "LOG")
-    assert refused == []
+        clients = [stack.enter_context(app.connect(own.url, TIMEOUT_S)) for _ in range(8)]
+        buckets = [app.TokenBucket(client, rate_per_s=0.001, capacity=50) for client in clients]
+        waits = app.in_threads(8, lambda i: [buckets[i].wait_s("bucket") for _ in range(40)])
+    assert [wait for part in waits for wait in part].count(0) == 50
+    assert 50_000_000 < root.pttl("bucket") <= 50_001_000
 
 
-def test_a_user_who_may_not_see_our_keys_is_a_redis_that_is_away(
-    flavour: str, victim: Any, root: redis.Redis
+def test_a_bucket_refills_at_its_rate_up_to_its_capacity(root: redis.Redis) -> None:
+    bucket = app.TokenBucket(root, rate_per_s=0.01, capacity=5)
+    assert [bucket.wait_s("bucket") for _ in range(5)] == [0] * 5
+    for seconds, more in ((100, 1), (350, 3), (10_000, 5)):
+        assert bucket.wait_s("bucket") > 0
+        touched(root, seconds)
+        waits = [bucket.wait_s("bucket") for _ in range(more + 1)]
+        assert (waits[:-1], waits[-1] > 0) == ([0] * more, True)
+    assert app.TokenBucket(root, 0.01, 5).wait_s("another") == 0
+
+
+@pytest.mark.parametrize("rate", [0.0003, 0.007, 0.01])
+def test_retry_after_is_true_to_the_millisecond(root: redis.Redis, rate: float) -> None:
+    """However often one asks, it names the same moment, which exact fractions give."""
+    bucket = app.TokenBucket(root, rate, capacity=1)
+    assert bucket.wait_s("bucket") == 0
+    allowed_at_ms = Fraction(at_ms(root)) + 1000 / Fraction(rate)
+    for _ in range(5):
+        wait_s = bucket.wait_s("bucket")
+        named_ms = Fraction(at_ms(root)) + round(1000 * wait_s)
+        assert -Fraction(1, 10) < named_ms - allowed_at_ms < Fraction(11, 10)
+    touched(root, wait_s)
+    assert bucket.wait_s("bucket") == 0
+
+
+def test_a_clock_that_was_set_back_an_hour(root: redis.Redis) -> None:
+    bucket = app.TokenBucket(root, rate_per_s=0.05, capacity=2)
+    assert (bucket.wait_s("bucket"), bucket.wait_s("bucket")) == (0, 0)
+    touched(root, -3600)
+    assert 0 < bucket.wait_s("bucket") <= 40  # what a full one takes, and no more
+    touched(root, 20)  # it refills from now on, not in an hour
+    assert (bucket.wait_s("bucket"), bucket.wait_s("bucket") > 0) == (0, True)
+
+
+@pytest.mark.parametrize("name", ["rate_per_s", "capacity"])
+@pytest.mark.parametrize("number", [0, -1, float("nan"), float("inf")])
+def test_a_bucket_that_lets_nobody_in_or_everybody_is_refused(
+    root: redis.Redis, name: str, number: float
 ) -> None:
-    root.execute_command("ACL", "SETUSER", "else", "on", ">secret", "~other:*", "+@all")
-    with maker(flavour, f"redis://else:secret@127.0.0.1:{victim.port}/0", "test:x") as make:
-        cache = make(COPYING)
-        assert cache.get_or_load("key", lambda: "value") == "value"
-        assert cache.get_or_load("key", lambda: "again") == "value"
-        assert cache.set("key", "new") is False
-        assert cache.stats.redis_errors > 0
-    assert names(root, "") == set()
-
-
-def test_a_server_that_hangs_loses_its_client_s_connection_not_its_order(
-    make_on_victim: Make, victim: Any
-) -> None:
-    """An answer that comes too late is never taken for the next question's."""
-    away = Away()
-    cache = make_on_victim(timeout_s=IMTIMEOUT_S, breaker=away.breaker)
-    keys = [f"k{i}" for i in range(20)]
-    for key in keys:
-        cache.set(key, f"value of {key}")
-    victim.pause()
-    try:
-        for key in keys[:3]:
-            assert cache.get(key) is app.MISSING
-    finally:
-        victim.resume()
-    away.end()
-    until(lambda: cache.get("k0") != app.MISSING or away.end())
-    assert {key: cache.get(key) for key in keys} == {key: f"value of {key}" for key in keys}
+    with pytest.raises(ValueError, match=name):
+        app.TokenBucket(root, **{"rate_per_s": 1.0, "capacity": 1, name: number})
