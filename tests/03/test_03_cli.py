@@ -254,6 +254,8 @@ def test_a_node_of_a_cluster(main: Main, tmp_path: Path, slots: int | None) -> N
             ended = main(*QUICK, "--only", "tiers", REDIS_URL=url)
             assert_refused(ended, "node of a Redis Cluster", "take a single Redis, or a proxy")
             assert not {"cmdstat_set", "cmdstat_eval"} & set(client.info("commandstats"))
+            with pytest.raises(ValueError, match="a node of a Redis Cluster"):
+                importlib.import_module("05_realworld_data_science").open_redis(url, 2.0)
     finally:
         node.kill()
         node.wait()
