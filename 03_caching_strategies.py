@@ -75,7 +75,6 @@ TAG_LIFE_MS = 7 * 86_400_000  # since its first use; a value whose tag is gone i
 POLL_S = (0.004, 0.010)  # between two looks at the lease of another process
 LISTEN_S, RECONNECT_S = 0.1, 0.5  # until a listener sees that it is to stop; until it tries again
 
-# Of the demos: a whole run takes half a minute.
 PRODUCTS, REQUESTS = 2_000, 10_000  # pages; questions for them
 MANY = 1_000  # keys that expire together; callers of a busy page
 PROCESSES, CALLERS, READERS = 4, 250, 16  # callers a process; threads that read across a TTL
@@ -272,7 +271,7 @@ class Policy:
 
 COUNTED = (  # by TieredCache.stats()
     "l1_hits l1_misses l2_hits loads load_seconds load_errors stale_served fills_refused "
-    "misses "  # questions that the source answered, or an error
+    "misses "  # questions that no cache answered
     "undecodable uncacheable untold redis_errors short_circuited breaker_opened evictions"
 ).split()
 
@@ -327,7 +326,7 @@ class TieredCache:
         self._catching_up = threading.Lock()
 
     def name(self, key: str, kind: str = "value") -> str:
-        """The key in Redis. The braces keep namespaces apart; # begins a hash, and nothing else."""
+        """The key in Redis. Braces keep namespaces apart; # begins a hash alone."""
         if type(key) is not str:
             raise TypeError(f"a key is a string, not {key!r:.60}")
         if len(key) > MAX_KEY or key[:1] == "#" or not key.isascii():
@@ -441,7 +440,7 @@ class TieredCache:
 
     def _load(self, flight: Flight, token: str | None, old: Entry | None) -> Any:
         """From the source; `old` stands in for an error."""
-        stamps, token = self._stamps(flight.tags, token)
+        stamps = self._stamps(flight.tags, token)
         leased = {flight.name} if token else set[str]()
         try:
             values, entries = self._ask(
@@ -462,9 +461,11 @@ class TieredCache:
         started = self._clock()
         try:
             values = dict(load())
-        except BaseException:
+        except BaseException as error:
             self._count(misses=1, load_errors=1)
             self._give_back(leased, token)
+            if isinstance(error, StopIteration):  # which no Future can hold
+                raise RuntimeError("StopIteration") from error
             raise
         load_s = self._clock() - started
         self._count(misses=len(values), loads=1, load_seconds=load_s)
@@ -533,7 +534,7 @@ class TieredCache:
             got = self._pipeline(("SET", f"{n}:lease", token, "NX", "PX", life_ms) for n in names)
         except RedisAway as away:
             if isinstance(away.__cause__, redis.ConnectionError | redis.TimeoutError):
-                self._drop_later(f"{name}:lease" for name in names)  # some may be ours
+                self._leave(names)  # some may be ours
             raise
         return token, {name for name, is_ours in zip(names, got, strict=True) if is_ours}
 
@@ -557,29 +558,25 @@ class TieredCache:
                 return token, old
         return None, old
 
-    def _stamps(self, tags: list[str], token: str | None) -> tuple[Stamps, str | None]:
-        """The tokens of `tags`, made where there are none; no lease, no stamps, and vice versa."""
-        try:
+    def _stamps(self, tags: list[str], token: str | None) -> Stamps:
+        """The tokens of `tags`, made where missing; without Redis "-", a miss."""
+        with suppress(RedisAway):
             if tags and token:
                 new = ("NX", "PX", TAG_LIFE_MS)
                 made = [("SET", tag, secrets.token_hex(8), *new) for tag in tags]
                 *_, stamps = self._pipeline([*made, ("MGET", *tags)])
-                return {
-                    t: (s or b"-").decode("latin-1") for t, s in zip(tags, stamps, strict=True)
-                }, token
-        except RedisAway:
-            token = None
-        return dict.fromkeys(tags, "-"), token
+                return {t: (s or b"-").decode("latin-1") for t, s in zip(tags, stamps, strict=True)}
+        return dict.fromkeys(tags, "-")
 
     def _fill(self, packed: Mapping[str, Packed], token: str | None) -> set[str]:
-        """The names that Redis refuses: their lease is over, or was deleted by an invalidation."""
+        """The names that Redis refuses: their lease is over, or invalidated."""
         try:
             filled = self._pipeline(
                 ("EVAL", FILL, 2, name, f"{name}:lease", token, raw, life_ms)
                 for name, (raw, life_ms, _) in packed.items()
             )
         except RedisAway:
-            self._give_back(packed, token)
+            self._leave(packed)
             return set()
         self._count(fills_refused=len(filled) - sum(filled))
         return {name for name, is_filled in zip(packed, filled, strict=True) if not is_filled}
@@ -589,7 +586,11 @@ class TieredCache:
             if token and names:
                 self._pipeline(("EVAL", RELEASE, 1, f"{name}:lease", token) for name in names)
         except RedisAway:
-            self._drop_later(f"{name}:lease" for name in names)
+            self._leave(names)
+
+    def _leave(self, names: Iterable[str]) -> None:
+        """Drop their leases later; of many the rest end by themselves."""
+        self._drop_later([f"{name}:lease" for name in names][:100])
 
     def _drop_later(self, names: Iterable[str]) -> bool:
         with self._lock:
@@ -714,8 +715,8 @@ class TieredCache:
                 self._trouble("untold", told)
 
     def _catch_up(self) -> None:
-        """Drop what Redis missed; for others it is still away meanwhile."""
-        if not self._catching_up.acquire(blocking=False):
+        """Drop what Redis missed; others wait for that."""
+        if not self._catching_up.acquire(timeout=REDIS_TIMEOUT_S):
             raise RedisAway("catching up")
         try:
             batch = dict(self._pending)
@@ -727,7 +728,7 @@ class TieredCache:
             self._catching_up.release()
 
     def forget(self, name: str | None = None) -> None:
-        """Drop this process's copies of a value, a tag, or all; keep none of a load under way."""
+        """Drop this process's copies of a value, a tag, or all, now and of loads under way."""
         is_value = name is not None and name.startswith(f"{self.namespace}:value:")
         with self._lock:
             self.epoch += 1
@@ -1294,7 +1295,7 @@ def slow_reader(shop: Shop, invalidate: Callable[[], object]) -> int:
 
 
 def dropped_s(here: TieredCache, other: TieredCache, patience_s: float) -> float | None:
-    """Seconds until `here` has no copy of what `other` invalidates; None after `patience_s`."""
+    """Seconds until `here` drops what `other` invalidates; None after `patience_s`."""
     for cache in (other, here):
         cache.get_or_load("copy", lambda: "old")
     name, started = here.name("copy"), time.perf_counter()
@@ -1604,7 +1605,7 @@ def server_name(about: Mapping[str, Any]) -> str:
 
 
 def redis_address(client: redis.Redis) -> tuple[str, int | None]:
-    """Where it looks for its server: host and port, or the path of a Unix socket and None."""
+    """Of its server: host and port, or a Unix socket's path and None."""
     options = client.connection_pool.connection_kwargs
     if "path" in options:
         return options["path"], None

@@ -349,6 +349,15 @@ def test_one_cache_serves_one_loop_after_another(make_cache: MakeCache, cut_off:
     cache.close()
 
 
+def test_a_loader_that_raises_stop_iteration_is_an_error(tasks: Any) -> None:
+    with pytest.raises(RuntimeError, match="StopIteration"):  # else nobody ever hears of it
+        asyncio.run(
+            asyncio.wait_for(
+                tasks.run(tasks.cache.get_or_load, "k", lambda: next(iter(()))), WAIT_S
+            )
+        )
+
+
 @pytest.mark.parametrize("hangs", [True, False], ids=["hangs", "is cancelled"])
 def test_a_loader_that_hangs_or_is_cancelled_is_an_error(tasks: Any, hangs: bool) -> None:
     source = Source(asyncio.CancelledError())

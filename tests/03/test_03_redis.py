@@ -385,6 +385,34 @@ class Watched(redis.Redis):
         return pipe
 
 
+def lose() -> None:
+    raise redis.ConnectionError
+
+
+@pytest.mark.parametrize("answered", [0, 1, 2], ids=["lease", "tags", "fill"])
+def test_an_answer_that_is_lost_leaves_no_lease(
+    own: Any, root: redis.Redis, make: Make, answered: int
+) -> None:
+    steps = [*[lambda: setattr(client, "after", steps.pop(0))] * answered, lose]
+    with Watched.from_url(own.url) as client:
+        cache, client.after = make(client=client), steps.pop(0)
+        put(cache, "key", tags=["tag"])
+        put(cache, "other")
+    assert (steps, cache.stats()["redis_errors"]) == ([], 1)
+    assert not root.keys("*:lease")
+
+
+def test_while_one_caller_makes_up_for_what_redis_missed_the_others_wait(
+    own: Any, make: Make
+) -> None:
+    keys = [str(i) for i in range(24)]
+    with Watched.from_url(own.url) as client:
+        cache, client.after = make(client=client), lose  # so its lease is to be dropped
+        put(cache, "key")
+        app.in_threads(len(keys), lambda i: put(cache, keys[i]))
+    assert make().get_many(keys) == dict.fromkeys(keys, "old")
+
+
 def test_an_invalidation_made_while_one_of_its_key_is_replayed_is_not_lost(
     own: Any, make: Make
 ) -> None:
