@@ -520,7 +520,7 @@ class Mongo(Server):
             "--wiredTigerCacheSizeGB", "0.5",  # takes a document of 16 MiB; default: half of memory
             "--networkMessageCompressors", "snappy",  # not zlib: CVE-2025-14847
             # Small, and with a checkpoint every two seconds (a checkpoint is what lets it be cut):
-            # script 02 fills it, to show a change stream whose resume token has fallen out of it.
+            # a test of script 02 fills it, until a change stream's resume token has fallen out.
             "--oplogSize", "64", "--syncdelay", "2",
         ]  # fmt: skip
 

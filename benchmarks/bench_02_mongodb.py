@@ -4,8 +4,8 @@ Run:
   python servers.py run --only mongo -- python benchmarks/bench_02_mongodb.py
 
 Every way's answer is checked in every round: loads and look-ups against the generated documents,
-finds against a selection of those in Python, pipelines and folds against folds over what was
-generated, which never was in the database.
+finds against a selection of those in Python, pipelines against the folds of tests/02/folds02.py
+over what was generated, which never was in the database.
 """
 
 from __future__ import annotations
@@ -14,27 +14,42 @@ import asyncio
 import heapq
 import importlib
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from datetime import datetime, timedelta
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import bson
 from bson.raw_bson import RawBSONDocument
-from harness import Line, Side, check, faster, measure, run_bench, slower
+from harness import (
+    ROOT,
+    CountLine,
+    Line,
+    Side,
+    Tally,
+    check,
+    counted,
+    faster,
+    measure,
+    run_bench,
+    slower,
+)
 from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo import AsyncMongoClient, IndexModel, InsertOne, MongoClient
 
 import config
 
+sys.path.append(str(ROOT / "tests" / "02"))
+folds = importlib.import_module("folds02")
 script = importlib.import_module("02_mongodb_advanced")
 
 Document = dict[str, Any]
 
 BULK_MEASUREMENTS = 50_000  # of 38 bytes: a quarter of a second, so that one flush weighs little
 LOOP_DOCUMENTS = 500  # one flush to disk each: all would take a minute; compared per document
-TOP = 20  # documents a find returns, a page of them
 ASKED_CUSTOMERS = range(10)  # finds a round; together they last milliseconds, not microseconds
 KEYS_A_DOCUMENT = 3  # the issue's goal: a range that takes half of a customer's needs about two
 BIN_HOURS = 6  # as in the script's demo
@@ -45,26 +60,15 @@ QUICK_ROUNDS = 15  # for what takes milliseconds, or hangs on how threads are sc
 # ── Bulk ────────────────────────────────────────────────────────────────────────────
 
 
-def insert_one_by_one(target: Any, documents: Sequence[Document]) -> None:
-    for document in documents:
-        target.insert_one(document)
-
-
-def bulk_ways(target: Any, documents: Sequence[Document]) -> dict[str, Callable[[], object]]:
-    """Each loads `documents`, the loop LOOP_DOCUMENTS of them; all with the same write concern."""
-    ready = [RawBSONDocument(bson.encode(d, codec_options=script.CODEC)) for d in documents]
-    return {
-        "insert_one": partial(insert_one_by_one, target, documents[:LOOP_DOCUMENTS]),
-        "insert_many": lambda: target.insert_many(documents, ordered=False),
-        "bulk_write": lambda: target.bulk_write([*map(InsertOne, documents)], ordered=False),
-        "BulkManager.load": lambda: script.BulkManager(target).load(documents),
-        "ready BSON": lambda: target.insert_many(ready, ordered=False),
-    }
-
-
 def bulk(workspace: Any, kind: str, documents: Sequence[Document]) -> Iterator[Line]:
-    database = workspace.database()
-    sizes = {"insert_one": LOOP_DOCUMENTS}
+    """Five ways to load `documents`, the loop LOOP_DOCUMENTS of them; with one write concern."""
+    database, sizes = workspace.database(), {"insert_one": LOOP_DOCUMENTS}
+    target = database.load
+    ready = [RawBSONDocument(bson.encode(d, codec_options=script.CODEC)) for d in documents]
+
+    def insert_one_by_one() -> None:
+        for document in documents[:LOOP_DOCUMENTS]:
+            target.insert_one(document)
 
     def empty() -> None:
         database.drop_collection("load")
@@ -72,96 +76,81 @@ def bulk(workspace: Any, kind: str, documents: Sequence[Document]) -> Iterator[L
 
     def verify(name: str, _answer: object) -> None:
         expected = documents[: sizes.get(name, len(documents))]
-        check(name, list(database.load.find().sort("_id")), expected)
+        check(name, list(target.find().sort("_id")), expected)
 
-    ways = bulk_ways(database.load, documents)
+    ways: dict[str, Callable[[], object]] = {
+        "insert_one": insert_one_by_one,
+        "insert_many": lambda: target.insert_many(documents, ordered=False),
+        "bulk_write": lambda: target.bulk_write([*map(InsertOne, documents)], ordered=False),
+        "BulkManager.load": lambda: script.BulkManager(target).load(documents),
+        "ready BSON": lambda: target.insert_many(ready, ordered=False),
+    }
     seconds = measure(ways, before=empty, after=verify, rounds=LOAD_ROUNDS)
-    loop, many, bulk_write, load, ready = (
+    loop, many, bulk_write, load, limit = (
         Side(name, samples, sizes.get(name, len(documents)), "docs")
         for name, samples in seconds.items()
     )
     yield faster(f"bulk, {kind}", many, loop, at_least=20)
     yield slower(f"bulk, {kind}", bulk_write, many, at_most=1.5)
     yield slower(f"bulk, {kind}", load, many)
-    yield slower(f"bulk, {kind}, limit", many, ready)
-    yield slower(f"bulk, {kind}, limit", load, ready)
+    yield slower(f"bulk, {kind}, limit", many, limit)
+    yield slower(f"bulk, {kind}, limit", load, limit)
 
 
 # ── Indexes ─────────────────────────────────────────────────────────────────────────
 
-HINTS: Mapping[str, str | Document] = {
+NO_INDEX = {"$natural": 1}
+HINTS: dict[str, str | Document] = {
     "E-S-R": "equality_sort_range",
     "E-R-S": "equality_range_sort",
     "E": "equality",
-    "no index": {"$natural": 1},
+    "no index": NO_INDEX,
 }
-INDEXES = (
-    script.ESR,
-    script.ERS,
-    IndexModel("customer", name="equality"),
-    IndexModel("status", name="status"),
-)
-
-
-def conditions(customer: int) -> Document:
-    return {**script.IN_RANGE, "customer": customer}
 
 
 def indexed_events(workspace: Any, stored: Sequence[Document]) -> Any:
-    """A collection of `stored` with INDEXES."""
     collection = workspace.database().events
-    report = script.BulkManager(collection).load(stored)
-    check("the load of the events", report.stored, len(stored))
-    manager = script.IndexManager(collection)
-    for model in INDEXES:
-        manager.ensure(model)
+    check("the load of the events", script.BulkManager(collection).load(stored).stored, len(stored))
+    for model in (script.ESR, script.ERS, script.EQUALITY, IndexModel("status", name="status")):
+        script.IndexManager(collection).ensure(model)
     return collection
 
 
-def keys_examined(collection: Any) -> str:
-    """The issue's goal by the server's own counts, at the worst of the finds that are timed."""
-    manager = script.IndexManager(collection)
-    options = {"sort": {"amount": -1}, "limit": TOP, "hint": HINTS["E-S-R"]}
-    plans = [manager.plan(conditions(customer), **options) for customer in ASKED_CUSTOMERS]
-    worst = max(plans, key=lambda plan: plan.keys / plan.returned)
-    sorts = any("SORT" in plan.stages for plan in plans)
-    met = not sorts and worst.keys <= KEYS_A_DOCUMENT * worst.returned
-    return (
-        f"{worst.keys} keys for {worst.returned} documents at worst of {len(plans)} finds, "
-        f"{'with a' if sorts else 'no'} SORT: goal ≤ {KEYS_A_DOCUMENT} each: "
-        f"{'met' if met else 'NOT MET'}"
-    )
+def top_finds(collection: Any, stored: Sequence[Document]) -> Iterator[Line | CountLine]:
+    """The dearest of each asked customer's second half, by each index."""
+    top, plan = script.BY_AMOUNT["limit"], script.IndexManager(collection).plan
+    asked = [{**script.IN_RANGE, "customer": customer} for customer in ASKED_CUSTOMERS]
+    late = [d for d in stored if d["at"] >= script.MID_YEAR]
+    wanted = [{d["reference"]: d for d in late if d["customer"] == c} for c in ASKED_CUSTOMERS]
+    amounts = [heapq.nlargest(top, (d["amount"] for d in mine.values())) for mine in wanted]
 
-
-def top_finds(collection: Any, stored: Sequence[Document]) -> Iterator[Line]:
-    """The TOP dearest of each asked customer's second half, by each index."""
-    by_reference = {document["reference"]: document for document in stored}
-    wanted = {
-        customer: [d for d in stored if d["customer"] == customer and d["at"] >= script.MID_YEAR]
-        for customer in ASKED_CUSTOMERS
-    }
-    amounts = {c: heapq.nlargest(TOP, (d["amount"] for d in ds)) for c, ds in wanted.items()}
+    def examined(name: str) -> Tally:
+        plans = [plan(c, hint=HINTS[name], **script.BY_AMOUNT) for c in asked]
+        check(name, {p.returned for p in plans}, {top})
+        return Tally(name, [{"keys": p.keys, "SORT": p.stages.count("SORT")} for p in plans])
 
     def ask(hint: str | Document) -> list[list[Document]]:
-        return [
-            list(collection.find(conditions(c), hint=hint).sort("amount", -1).limit(TOP))
-            for c in ASKED_CUSTOMERS
-        ]
+        bare = partial(collection.find, projection={"_id": False}, hint=hint, **script.BY_AMOUNT)
+        return [list(bare(conditions)) for conditions in asked]
 
     def verify(name: str, answer: list[list[Document]]) -> None:
-        for customer, found in zip(ASKED_CUSTOMERS, answer, strict=True):
-            check(name, [d["amount"] for d in found], amounts[customer])
-            for document in found:  # equal amounts come in any order: each is what was stored
-                bare = {k: v for k, v in document.items() if k != "_id"}
-                check(name, bare, by_reference[document["reference"]])
-                check(name, bare["customer"] == customer and bare["at"] >= script.MID_YEAR, True)
-            check(name, len({d["reference"] for d in found}), TOP)
+        check(name, [[d["amount"] for d in found] for found in answer], amounts)
+        for found, mine in zip(answer, wanted, strict=True):
+            by_reference = {d["reference"]: d for d in found}  # equal amounts come in any order
+            check(name, len(by_reference), top)
+            check(
+                name, by_reference, {reference: mine.get(reference) for reference in by_reference}
+            )
 
+    goal = {"keys": KEYS_A_DOCUMENT * top}
+    yield counted(
+        f"top {top}, a find", examined("E-S-R"), examined("E-R-S"), {"SORT": 0}, at_most=goal
+    )
     ways = {name: partial(ask, hint) for name, hint in HINTS.items()}
     seconds = measure(ways, after=verify, rounds=QUICK_ROUNDS)
-    ours, *others = (Side(n, s, len(ASKED_CUSTOMERS), "finds") for n, s in seconds.items())
+    ours, *others = (Side(n, s, len(asked), "finds") for n, s in seconds.items())
     for other in others:
-        yield faster(f"top {TOP} of a customer", ours, other)
+        yield faster(f"top {top} of a customer", ours, other)
 
 
 def low_cardinality(collection: Any, stored: Sequence[Document]) -> Iterator[Line]:
@@ -177,68 +166,89 @@ def low_cardinality(collection: Any, stored: Sequence[Document]) -> Iterator[Lin
         found = (d["amount"] for batch in answer for d in bson.decode_all(batch))
         check(name, sorted(found), expected)
 
-    ways = {"index": partial(ask, "status"), "scan": partial(ask, HINTS["no index"])}
-    seconds = measure(ways, after=verify)
-    ours, other = (Side(name, samples) for name, samples in seconds.items())
+    ways = {"index": partial(ask, "status"), "scan": partial(ask, NO_INDEX)}
+    ours, other = (Side(n, samples) for n, samples in measure(ways, after=verify).items())
     yield slower("90 % by status", ours, other)
 
 
 # ── Aggregation ─────────────────────────────────────────────────────────────────────
 
+PAID = {"status": "paid"}
+# What a fold needs, the least that can be fetched: question → collection → conditions, fields
+FETCHED: dict[str, dict[str, tuple[Document, str]]] = {
+    "revenue, two ways": {
+        "orders": (PAID, "status country total lines.category lines.price lines.quantity")
+    },
+    "gold since July": {
+        "customers": ({"tier": "gold"}, "_id name tier"),
+        "orders": (
+            {**PAID, "placed_at": {"$gte": script.RECENT}},
+            "status customer._id placed_at total",
+        ),
+    },
+    "days, average, rank": {"orders": (PAID, "status placed_at total")},
+    "checkout by hour": {"page_loads": ({"meta.page": "/checkout"}, "at meta.page ms")},
+    "top 3 of a country": {"orders": (PAID, "status country customer._id total")},
+}
 
-def aggregation(shop: Any, generated: Mapping[str, Sequence[Document]]) -> Iterator[Line]:
-    manager = script.AggregationManager(shop.database)
 
-    def fetch(recipe: Any, name: str) -> Iterator[Document]:
-        yield from manager.fetch(name, recipe.fields[name], recipe.where.get(name))
+def fetch(found: Any, conditions: Document, fields: str) -> Iterator[Document]:
+    yield from found.find(conditions, {"_id": False, **dict.fromkeys(fields.split(), True)})
 
-    for recipe in script.RECIPES:
-        expected = recipe.fold(generated.__getitem__)
 
-        def verify(name: str, answer: object, expected: object = expected) -> None:
-            if not script.same(answer, expected):  # floats to nine digits
-                check(name, answer, expected)
+def alike(expected: object, name: str, answer: object) -> None:
+    """As `check`, but floats to nine digits: their sums depend on the order."""
+    if not folds.same(answer, expected):
+        check(name, answer, expected)
 
+
+def answered(collection: Any, pipeline: Sequence[Document]) -> list[Document]:
+    return list(collection.aggregate(pipeline))
+
+
+def aggregation(database: Any, generated: Mapping[str, Sequence[Document]]) -> Iterator[Line]:
+    for question, (collection, pipeline) in script.RECIPES.items():
+        fold, needed = folds.FOLDS[question], FETCHED[question]
+        expected = fold(generated.__getitem__)
         ways: dict[str, Callable[[], object]] = {
-            "server": partial(manager.run, recipe.collection, recipe.pipeline),
-            "fetch and fold": partial(recipe.fold, partial(fetch, recipe)),
+            "server": partial(answered, database[collection], pipeline),
+            "fetch and fold": partial(
+                fold, lambda name, needed=needed: fetch(database[name], *needed[name])
+            ),
         }
-        seconds = measure(ways, after=verify)
-        ours, other = (Side(name, seconds[name]) for name in ways)
-        yield faster(recipe.question, ours, other)
+        seconds = measure(ways, after=partial(alike, expected))
+        ours, other = (Side(name, samples) for name, samples in seconds.items())
+        yield faster(question, ours, other)
 
 
-# ── Async ───────────────────────────────────────────────────────────────────────────
+# ── Look-ups ────────────────────────────────────────────────────────────────────────
 
 
-def look_ups(
-    workspace: Any, shop: Any, generated: Mapping[str, Sequence[Document]]
-) -> Iterator[Line]:
-    """The script's three ways, on clients that are connected, in one event loop."""
-    stored, name = generated["orders"], shop.database.name
-    step = len(stored) // script.LOOKUPS
-    keys = [1 + number * step for number in range(script.LOOKUPS)]
-    expected = [stored[key - 1] for key in keys]  # `_id` counts from 1
-    uri, options = workspace.uri, script.client_options(workspace.uri, script.OPERATION_TIMEOUT_S)
+def look_ups(uri: str, name: str, placed: Sequence[Document]) -> Iterator[Line]:
+    """By the script's two asyncio clients, in one event loop, and by threads; no client listens to
+    its commands, and all are connected."""
+    expected = placed[:: len(placed) // script.LOOKUPS][: script.LOOKUPS]
+    keys = [order["_id"] for order in expected]
+    options = script.client_options(uri, script.OPERATION_TIMEOUT_S)
 
-    def verify(way: str, answer: object) -> None:
-        check(way, answer, expected)
+    with asyncio.Runner() as runner, MongoClient[Document](uri, **options) as client:
+        orders = client.get_database(name, codec_options=script.CODEC).orders
 
-    with asyncio.Runner() as runner, MongoClient[Document](uri, **options) as blocking:
-        database = blocking.get_database(name, codec_options=script.CODEC)
+        def by_threads() -> list[object]:
+            with ThreadPoolExecutor(script.CONCURRENCY) as threads:
+                return list(threads.map(lambda key: orders.find_one({"_id": key}), keys))
+
         by_pymongo = AsyncMongoClient[Document](uri, **options)
         by_motor: AsyncIOMotorClient[Document] = AsyncIOMotorClient(uri, **options)
         ways: dict[str, Callable[[], object]] = {
-            "AsyncMongoClient": lambda: runner.run(
-                script.look_up_by_pymongo(by_pymongo, name, keys)
-            ),
-            "threads": lambda: script.look_up_by_threads(database, keys),
-            "Motor": lambda: runner.run(script.look_up_by_motor(by_motor, name, keys)),
+            "AsyncMongoClient": lambda: runner.run(script.look_up(by_pymongo, name, keys)),
+            "threads": by_threads,
+            "Motor": lambda: runner.run(script.look_up(by_motor, name, keys)),
         }
-        seconds = measure(ways, after=verify, rounds=QUICK_ROUNDS)
+        seconds = measure(ways, after=partial(alike, expected), rounds=QUICK_ROUNDS)
         by_motor.close()
         runner.run(by_pymongo.close())
-    sides = (Side(way, seconds[way], len(keys), "look-ups") for way in ways)
+    sides = (Side(way, samples, len(keys), "look-ups") for way, samples in seconds.items())
     for ours, other in itertools.combinations(sides, 2):
         yield faster(f"look-ups, {script.CONCURRENCY} at once", ours, other)
 
@@ -246,55 +256,43 @@ def look_ups(
 # ── Time series ─────────────────────────────────────────────────────────────────────
 
 
-def in_order(loads: Sequence[Document]) -> list[tuple[datetime, str, float]]:
-    return sorted((load["at"], load["meta"]["page"], load["ms"]) for load in loads)
+def in_order(loads: Sequence[Document]) -> list[Document]:
+    bare = ({name: load[name] for name in ("at", "meta", "ms")} for load in loads)
+    return sorted(bare, key=lambda load: (load["at"], load["meta"]["page"], load["ms"]))
 
 
-def series_insert(workspace: Any, loads: Sequence[Document]) -> Iterator[Line]:
-    """The plain collection has the index by page and time that a series has from the start."""
-    database = workspace.database()
-    expected = in_order(loads)
+def time_series(workspace: Any, loads: Sequence[Document]) -> Iterator[Line]:
+    """A series against a plain collection with the index by page and time that a series has from
+    the start: the insert, then six-hour means."""
+    database, stored = workspace.database(), in_order(loads)
+    series, plain = database.series, database.plain
 
     def empty() -> None:
-        database.drop_collection("series")
-        database.drop_collection("plain")
-        script.TimeSeriesManager(database).create(
-            "series", granularity="minutes", expire_after=KEPT
-        )
-        database.plain.create_index({"meta.page": 1, "at": 1})
+        series.drop()
+        plain.drop()
+        script.create_series(database, "series", KEPT)
+        plain.create_index({"meta.page": 1, "at": 1})
 
     def verify(name: str, _answer: object) -> None:
-        check(name, in_order(list(database[name].find())), expected)
+        check(name, in_order(list(database[name].find())), stored)
 
-    ways = {n: partial(script.BulkManager(database[n]).load, loads) for n in ("series", "plain")}
-    seconds = measure(ways, before=empty, after=verify, rounds=LOAD_ROUNDS)
-    ours, other = (Side(name, seconds[name], len(loads), "docs") for name in ways)
+    inserts = {to.name: partial(script.BulkManager(to).load, loads) for to in (series, plain)}
+    seconds = measure(inserts, before=empty, after=verify, rounds=LOAD_ROUNDS)
+    ours, other = (Side(name, samples, len(loads), "docs") for name, samples in seconds.items())
     yield slower("time series, insert", ours, other)
 
-
-def series_down_sampling(workspace: Any, loads: Sequence[Document]) -> Iterator[Line]:
-    database = workspace.database()
-    series, manager = script.TimeSeriesManager(database), script.AggregationManager(database)
-    series.create("series", granularity="minutes", expire_after=KEPT)
-    for name in ("series", "plain"):
-        script.BulkManager(database[name]).load(loads)
-    expected = script.fold_down_sampled(loads, BIN_HOURS * script.HOUR)
-
-    def fold() -> object:
-        fetched = manager.fetch("series", ("at", "meta.page", "ms"))
-        return script.fold_down_sampled(fetched, BIN_HOURS * script.HOUR)
-
-    def verify(name: str, answer: object) -> None:
-        if not script.same(answer, expected):  # floats to nine digits
-            check(name, answer, expected)
-
-    ways: dict[str, Callable[[], object]] = {
-        "series": partial(series.down_sample, "series", "hour", BIN_HOURS),
-        "fetch and fold": fold,
-        "plain": partial(series.down_sample, "plain", "hour", BIN_HOURS),
+    inserts["series"]()  # emptied before the last load of `plain`
+    pipeline = script.down_sampled(BIN_HOURS)
+    means: dict[str, Callable[[], object]] = {
+        "series": partial(answered, series, pipeline),
+        "fetch and fold": lambda: folds.fold_down_sampled(
+            lambda _: fetch(series, {}, "at meta.page ms"), BIN_HOURS
+        ),
+        "plain": partial(answered, plain, pipeline),
     }
-    seconds = measure(ways, after=verify, rounds=QUICK_ROUNDS)
-    ours, *others = (Side(name, seconds[name]) for name in ways)
+    expected = folds.fold_down_sampled(lambda _: loads, BIN_HOURS)
+    seconds = measure(means, after=partial(alike, expected), rounds=QUICK_ROUNDS)
+    ours, *others = (Side(name, samples) for name, samples in seconds.items())
     for other in others:
         yield faster("time series, 6-hour means", ours, other)
 
@@ -302,40 +300,35 @@ def series_down_sampling(workspace: Any, loads: Sequence[Document]) -> Iterator[
 # ── Main ────────────────────────────────────────────────────────────────────────────
 
 
-def measures(settings: config.Settings) -> tuple[dict[str, str], list[Line]]:
+def measures(settings: config.Settings) -> tuple[dict[str, str], list[Line | CountLine]]:
     """All lines, in throw-away databases that are dropped at the end, also after an error."""
-    uri, log = settings.mongodb_uri, script.CommandLog()
-    client, server = script.connect(uri, settings.connect_timeout_s, log)
-    with ExitStack() as stack:
-        workspace = script.Workspace(uri, client, server, log)
-        stack.callback(workspace.close)
-        shop = script.Shop(script.DEFAULT_CUSTOMERS, workspace.database())
-        script.seed(shop, shop.database)
-        generated = {name: list(shop.generate(name)) for name in script.SHOP_COLLECTIONS}
-        loads, placed = generated["page_loads"], generated["orders"]
+    uri, log, count = settings.mongodb_uri, script.CommandLog(), script.CUSTOMERS
+    client, hello = script.connect(uri, settings.connect_timeout_s, log)
+    with closing(script.Workspace(uri, client, hello, log)) as workspace:
+        database = workspace.database()
+        script.seed(database, count)
+        placed, loads = list(script.orders(count)), list(script.page_loads())
+        generated = {"customers": [*script.customers(count)], "orders": placed, "page_loads": loads}
         stored = list(script.events(script.INDEX_DOCUMENTS))
         collection = indexed_events(workspace, stored)
-        keys = keys_examined(collection)
         lines = [
             *bulk(workspace, "measurements", script.measurements(BULK_MEASUREMENTS)),
             *bulk(workspace, "orders", placed),
             *top_finds(collection, stored),
             *low_cardinality(collection, stored),
-            *aggregation(shop, generated),
-            *look_ups(workspace, shop, generated),
-            *series_insert(workspace, loads),
-            *series_down_sampling(workspace, loads),
+            *aggregation(database, generated),
+            *look_ups(workspace.uri, database.name, placed),
+            *time_series(workspace, loads),
         ]
-    sizes = {
+    return {
+        "server": str(workspace),
         "bulk": f"{BULK_MEASUREMENTS:,} measurements, {len(placed):,} orders; "
         f"insert_one {LOOP_DOCUMENTS}; w=majority, j=true",
         "indexes": f"{len(stored):,} documents, {len(ASKED_CUSTOMERS)} finds a round",
-        "E-S-R index": keys,
-        "aggregation": f"{shop.count:,} customers, {len(placed):,} orders",
+        "aggregation": f"{count:,} customers, {len(placed):,} orders",
         "look-ups": f"{script.LOOKUPS:,} orders by _id",
         "time series": f"{len(loads):,} measurements; w=majority, j=true",
-    }
-    return {"server": str(server), **sizes}, lines
+    }, lines
 
 
 def main() -> int:

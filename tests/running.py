@@ -109,7 +109,7 @@ SCRIPTS = {
     ),
     "02": Script(
         ROOT / "02_mongodb_advanced.py", (MONGO,),
-        "no MongoDB: what the client can do without one\n", ("validation", "features"),
+        "no MongoDB: what the client can do without one\n", ("validation", "client"),
     ),
     "03": Script(
         ROOT / "03_caching_strategies.py", (REDIS,),

@@ -1,42 +1,37 @@
-"""Script 02 while its server is killed (SIGKILL), stays away, comes back; and when it is stopped.
+"""Script 02 while answers are late or lost, and while its server, or a load itself, is killed.
 
 The mongod is these tests' own. "In the middle" is a point that the test controls: documents that
-are only drawn while a load runs, a handler that waits for the kill, a process that is paused when
-it has shown a line. Whether something was acknowledged is what the server answered.
+are only drawn while a load runs, a handler that waits for the kill.
 """
 
 from __future__ import annotations
 
-import asyncio
 import itertools
-import os
 import random
-import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from datetime import UTC, datetime, timedelta
+from contextlib import closing, contextmanager, nullcontext, suppress
 from decimal import Decimal
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import pymongo
 import pytest
 from pymongo.database import Database
-from pymongo.errors import PyMongoError
-from pymongo.monitoring import (
-    CommandFailedEvent,
-    CommandListener,
-    CommandStartedEvent,
-    CommandSucceededEvent,
+from pymongo.errors import (
+    AutoReconnect,
+    DuplicateKeyError,
+    NetworkTimeout,
+    PyMongoError,
 )
-from running import WAIT_S, databases, until
-from script02 import Child, Run, open_workspace, started
+from running import WAIT_S, until
+from script02 import open_workspace, started
 from services import ROOT, load_script, mongo_client
 
 import servers
@@ -45,16 +40,15 @@ pytestmark = pytest.mark.slow
 
 app: Any = load_script("02_mongodb_advanced")
 
-OUTAGE_TIMEOUT_S = 4.0  # of an operation that is not to outlast an outage: ample before it
-
 Document = dict[str, Any]
+Db = Database[Document]
 
 
 class Victim(servers.Mongo):
-    """To be killed; what is past its time goes each second, not each minute."""
+    """To be killed, and to fail on demand."""
 
     def _command(self) -> list[str]:
-        return [*super()._command(), "--setParameter", "ttlMonitorSleepSecs=1"]
+        return [*super()._command(), "--setParameter", "enableTestCommands=1"]
 
 
 @pytest.fixture(scope="module")
@@ -72,39 +66,192 @@ def victim(module_victim: Any) -> Iterator[Any]:
 
 
 @pytest.fixture
-def workspace(victim: Any) -> Iterator[Any]:
-    with open_workspace(app, victim.url) as made:
-        yield made
+def database(victim: Any) -> Iterator[Db]:
+    """Empty, with durable writes, and money as Decimal."""
+    with open_workspace(app, victim.url) as workspace:
+        yield workspace.database()
+
+
+def count_effect(change: Any, session: Any, database: Db) -> None:
+    key = f"{change['operationType']} {change['documentKey']['_id']}"
+    one = {"$inc": {"times": 1}}
+    session.client[database.name].effects.update_one({"_id": key}, one, True, session=session)
+
+
+def effects(database: Db) -> dict[Any, int]:
+    return {one["_id"]: one["times"] for one in database.effects.find()}
+
+
+def balances(database: Db) -> dict[Any, Decimal]:
+    return {row["_id"]: row["balance"] for row in database.accounts.find()}
+
+
+def open_transactions(server: servers.Mongo) -> list[Document]:
+    pipeline: list[Document] = [
+        {"$currentOp": {"idleSessions": True, "allUsers": True}},
+        {"$match": {"transaction.parameters.autocommit": False}},
+    ]
+    with mongo_client(server.url) as client:
+        return list(client.admin.aggregate(pipeline))
+
+
+# ── Answers that are late, or lost ──
+
+LATE_S = 1.5  # above timeoutMS=1000
+
+
+class Proxy:
+    """Before a mongod. `faults` has what to do with the next answer to a command: it is "late" by
+    LATE_S, or "lost", with its connection, once the server has given it."""
+
+    def __init__(self, server: servers.Mongo) -> None:
+        self.faults, self._upstream = dict[str, str](), server.port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        url = server.url.replace(f":{server.port}/", f":{self._listener.getsockname()[1]}/")
+        self.url = f"{url.replace('replicaSet=rs0', 'directConnection=true')}&timeoutMS=1000"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._upstream))
+                sent: list[str] = []
+                for pump in (self._commands, self._answers):
+                    threading.Thread(target=pump, args=(client, server, sent), daemon=True).start()
+
+    def _commands(self, client: socket.socket, server: socket.socket, sent: list[str]) -> None:
+        with suppress(OSError):
+            while message := receive(client):
+                sent.append(message[26:].partition(b"\0")[0].decode(errors="replace"))
+                server.sendall(message)
+            server.shutdown(socket.SHUT_RDWR)
+
+    def _answers(self, client: socket.socket, server: socket.socket, sent: list[str]) -> None:
+        with client, server, suppress(OSError):
+            while message := receive(server):
+                fault = self.faults.pop(sent[-1], "")
+                time.sleep(LATE_S if fault == "late" else 0)
+                if fault == "lost":
+                    break
+                client.sendall(message)
+            client.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+def receive(source: socket.socket) -> bytes:
+    """A message of MongoDB's wire protocol: its length is in its first four bytes."""
+    if len(head := source.recv(4, socket.MSG_WAITALL)) < 4:
+        return b""
+    return head + source.recv(struct.unpack("<i", head)[0] - 4, socket.MSG_WAITALL)
 
 
 @pytest.fixture
-def database(workspace: Any) -> Database[Document]:
-    """Empty, with durable writes, and money as Decimal."""
-    made: Database[Document] = workspace.database()
-    return made
+def proxy(victim: Any) -> Iterator[Proxy]:
+    with closing(Proxy(victim)) as made:
+        yield made
 
 
-def wait(event: threading.Event) -> None:
-    assert event.wait(WAIT_S)
+@contextmanager
+def by(proxy: Proxy, database: Db, options: str = "") -> Iterator[Any]:
+    """The same database by way of the proxy, where a command has a second."""
+    with open_workspace(app, proxy.url + options) as workspace:
+        yield workspace.client.get_database(database.name, app.CODEC, write_concern=app.DURABLE)
 
 
-def stored(server: servers.Mongo, database: str, collection: str) -> list[Document]:
-    """As another client reads them, in order of `n`."""
-    with mongo_client(server.url) as client:
-        return list(client[database][collection].find(sort=[("n", 1)]))
+FAULTS = list(itertools.product(("late", "lost"), ("insert", "update", "commitTransaction")))
 
 
-# ── Bulk: what was acknowledged is there, once ──────────────────────────────────────
+@pytest.mark.parametrize(("fault", "command"), FAULTS)
+def test_a_transfer_whose_answers_fail_is_booked_once_and_nothing_stays_open(
+    victim: Any, database: Db, proxy: Proxy, fault: str, command: str
+) -> None:
+    database.accounts.insert_many([{"_id": n, "balance": Decimal(10)} for n in range(2)])
+    with by(proxy, database) as slow:
+        proxy.faults[command] = fault
+        app.Ledger(slow.accounts).transfer(0, 1, Decimal(1), key="k")
+    assert (proxy.faults, open_transactions(victim)) == ({}, [])
+    with pytest.raises(DuplicateKeyError):  # at once, not when the server has given up waiting
+        app.Ledger(database.accounts).transfer(0, 1, Decimal(1), key="k")
+    assert balances(database) == {0: 9, 1: 11}
+
+
+CONSUMING = [("lost", command) for command in ("find", "aggregate", "getMore")]
+
+
+@pytest.mark.parametrize(("fault", "command"), FAULTS[1:3] + FAULTS[4:] + CONSUMING)
+def test_a_consumer_whose_answers_fail_gives_each_change_its_effect_once(
+    victim: Any, database: Db, proxy: Proxy, fault: str, command: str
+) -> None:
+    with by(proxy, database) as slow:
+        consumer = app.ChangeConsumer(slow.orders, slow.tokens, "test")
+        consumer.start()
+        database.orders.insert_many([{"_id": n} for n in range(3)])
+        proxy.faults[command] = fault
+        handle = partial(count_effect, database=database)
+        assert consumer.run(handle, lambda handled: handled >= 3 and not proxy.faults) == 3
+    assert open_transactions(victim) == []
+    assert effects(database) == {f"insert {n}": 1 for n in range(3)}
+
+
+@pytest.mark.parametrize(("fault", "options", "error"), [
+    ("lost", "", None), ("lost", "&retryWrites=false", AutoReconnect), ("late", "", NetworkTimeout),
+])  # fmt: skip
+def test_a_load_whose_answer_fails(
+    database: Db, proxy: Proxy, fault: str, options: str, error: type[Exception] | None
+) -> None:
+    documents, report = [{"_id": n} for n in range(30)], app.LoadReport()
+    with by(proxy, database, options) as slow:
+        manager = app.BulkManager(slow.things, 10)
+        proxy.faults["insert"] = fault
+        with pytest.raises(error) if error else nullcontext():
+            manager.load(documents, report)
+        assert (proxy.faults, report.stored) == ({}, 0 if error else 30)  # or nobody knows
+        again, stored = manager.load(documents), 20 if error else 0
+    assert again == app.LoadReport(stored=stored, already_there=30 - stored)
+
+
+# ── Commands that the server fails ──
+
+HOW: dict[str, Document] = {
+    "closed": {"closeConnection": True},
+    "transient": {"errorCode": 251, "errorLabels": ["TransientTransactionError"]},
+    "not primary": {"errorCode": 10107, "errorLabels": ["RetryableWriteError"]},
+    "unknown": {"writeConcernError": {"code": 64, "errmsg": "timed out"}},
+}
+IN_TRANSACTION = [
+    *itertools.product(("insert", "update"), ("closed", "transient")),
+    *itertools.product(["commitTransaction"], HOW),
+]
+
+
+@pytest.mark.parametrize(("command", "how"), IN_TRANSACTION)
+def test_a_transaction_of_which_a_command_fails_twice(
+    victim: Any, database: Db, command: str, how: str
+) -> None:
+    database.accounts.insert_many([{"_id": n, "balance": Decimal(10)} for n in range(2)])
+    point = {"configureFailPoint": "failCommand", "mode": {"times": 2}}
+    with mongo_client(victim.url) as client:
+        client.admin.command({**point, "data": {"failCommands": [command], **HOW[how]}})
+    attempts = app.Ledger(database.accounts).transfer(0, 1, Decimal(1), key="k")
+    assert attempts == (3 if command != "commitTransaction" or how == "transient" else 1)
+    assert open_transactions(victim) == []
+    assert balances(database) == {0: 9, 1: 11}
+
+
+# ── The server is killed, and comes back ──
 
 
 class Supply:
     """Documents for as long as the server lives, and three batches more: whatever loads them is
-    under way when it is killed. `with_id` tells whether they bring an `_id` of their own."""
+    under way when it is killed."""
 
-    def __init__(self, with_id: bool = True) -> None:
-        self.under_way, self.killed, self.drawn, self._with_id = (
-            threading.Event(), threading.Event(), 0, with_id,
-        )  # fmt: skip
+    def __init__(self, with_id: bool) -> None:
+        self.under_way, self.killed, self.drawn = threading.Event(), threading.Event(), 0
+        self._with_id = with_id
 
     def __iter__(self) -> Iterator[Document]:
         more = 3 * app.BATCH_DOCUMENTS
@@ -116,367 +263,147 @@ class Supply:
                 self.under_way.set()
 
     def document(self, n: int) -> Document:
-        return {"n": n, "square": n * n} | ({"_id": f"number {n}"} if self._with_id else {})
-
-    def first(self, count: int) -> list[Document]:
-        return [self.document(n) for n in range(count)]
+        return {"n": n} | ({"_id": f"number {n}"} if self._with_id else {})
 
 
-class Acknowledged(CommandListener):
-    """Counts the documents whose insertion the server has answered for."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def started(self, event: CommandStartedEvent) -> None: ...
-    def failed(self, event: CommandFailedEvent) -> None: ...
-
-    def succeeded(self, event: CommandSucceededEvent) -> None:
-        if event.command_name == "insert":
-            assert "writeErrors" not in event.reply
-            self.count += int(event.reply["n"])
+def numbers(database: Db) -> list[int]:
+    return [one["n"] for one in database.numbers.find(sort=[("n", 1)])]
 
 
-class Loader:
-    """`numbers` of a database through the manager of one kind, by a client of its own."""
-
-    def __init__(self, kind: str, uri: str, database: str) -> None:
-        self.kind, self._uri, self._database, self.acknowledged = kind, uri, database, 0
-
-    def __call__(self, documents: Any, timeout_s: float = 20.0) -> Any:
-        heard = Acknowledged()
-        load = self._load if self.kind == "sync" else self._load_async
+@pytest.mark.parametrize("with_id", [True, False])
+def test_a_load_outlasts_a_kill_and_stores_each_document_once(
+    victim: Any, database: Db, with_id: bool
+) -> None:
+    supply, manager = Supply(with_id), app.BulkManager(database.numbers)
+    with ThreadPoolExecutor(1) as threads:
+        loading = threads.submit(manager.load, supply)
         try:
-            return load(documents, timeout_s, heard)
-        finally:
-            self.acknowledged = heard.count
-
-    def _options(self, heard: Acknowledged) -> Document:
-        return {**app.client_options(self._uri, 20.0), "event_listeners": [heard]}
-
-    def _load(self, documents: Any, timeout_s: float, heard: Acknowledged) -> Any:
-        with pymongo.MongoClient[Document](self._uri, **self._options(heard)) as client:
-            found = client.get_database(self._database, app.CODEC, write_concern=app.DURABLE)
-            return app.BulkManager(found.numbers, timeout_s=timeout_s).load(documents)
-
-    def _load_async(self, documents: Any, timeout_s: float, heard: Acknowledged) -> Any:
-        async def load() -> Any:
-            options = self._options(heard)
-            async with pymongo.AsyncMongoClient[Document](self._uri, **options) as client:
-                found = client.get_database(self._database, app.CODEC, write_concern=app.DURABLE)
-                return await app.AsyncManager(found, timeout_s).load("numbers", documents)
-
-        return asyncio.run(load())
-
-
-@pytest.fixture(params=["sync", "async"])
-def load(request: pytest.FixtureRequest, victim: Any, database: Database[Document]) -> Loader:
-    return Loader(request.param, victim.url, database.name)
-
-
-def kill_in_the_middle(victim: Any, supply: Supply) -> None:
-    try:
-        wait(supply.under_way)
-        victim.kill()
-    finally:
-        supply.killed.set()
-
-
-def test_a_load_outlasts_a_kill(victim: Any, database: Database[Document], load: Loader) -> None:
-    supply = Supply()
-    with ThreadPoolExecutor(1) as threads:
-        loading = threads.submit(load, supply)
-        kill_in_the_middle(victim, supply)
-        victim.start()
-        report = loading.result(WAIT_S)
-    assert (report.stored + report.already_there, report.rejected) == (supply.drawn, [])
-    assert load.acknowledged <= supply.drawn
-    documents = supply.first(supply.drawn)
-    assert stored(victim, database.name, "numbers") == documents
-    again = load(documents)
-    assert (again.stored, again.already_there, again.rejected) == (0, supply.drawn, [])
-    assert stored(victim, database.name, "numbers") == documents
-
-
-def test_no_document_is_stored_twice_that_has_no_id_to_tell_it_by(
-    victim: Any, database: Database[Document], load: Loader
-) -> None:
-    supply = Supply(with_id=False)
-    with ThreadPoolExecutor(1) as threads:
-        loading = threads.submit(load, supply)
-        kill_in_the_middle(victim, supply)
-        victim.start()
-        report = loading.result(WAIT_S)
-    assert (report.stored + report.already_there, report.rejected) == (supply.drawn, [])
-    found = stored(victim, database.name, "numbers")
-    assert [document["n"] for document in found] == list(range(supply.drawn))
-
-
-def test_a_load_whose_server_stays_away_says_so_and_can_be_repeated(
-    victim: Any, database: Database[Document], load: Loader
-) -> None:
-    supply = Supply()
-    with ThreadPoolExecutor(1) as threads:
-        loading = threads.submit(load, supply, OUTAGE_TIMEOUT_S)
-        kill_in_the_middle(victim, supply)
-        with pytest.raises((app.Unreachable, app.TimedOut)) as caught:
-            loading.result(WAIT_S)
-    assert victim.password not in f"{caught.value!r} {caught.value.__cause__!r}"
-    assert load.acknowledged >= 3 * app.BATCH_DOCUMENTS
-    victim.start()
-    found = stored(victim, database.name, "numbers")
-    assert [document["n"] for document in found][: load.acknowledged] == list(
-        range(load.acknowledged)
-    )
-    assert found == [supply.document(document["n"]) for document in found]
-    documents = supply.first(supply.drawn + 2_500)
-    again = load(documents)
-    assert (again.stored, again.already_there) == (len(documents) - len(found), len(found))
-    assert again.rejected == []
-    assert stored(victim, database.name, "numbers") == documents
-
-
-# ── Durable writes ──────────────────────────────────────────────────────────────────
-
-
-def test_what_was_acknowledged_right_before_the_kill_is_there_after_it(
-    victim: Any, database: Database[Document]
-) -> None:
-    writers, acknowledged, enough = 4, list[int](), threading.Event()
-    numbers = itertools.count()
-
-    def write() -> None:
-        while True:
-            n = next(numbers)
-            with pymongo.timeout(OUTAGE_TIMEOUT_S):
-                database.durable.insert_one({"n": n})
-            acknowledged.append(n)
-            if len(acknowledged) > 100:
-                enough.set()
-
-    with ThreadPoolExecutor(writers) as threads:
-        writing = [threads.submit(write) for _ in range(writers)]
-        try:
-            wait(enough)
-        finally:
+            assert supply.under_way.wait(WAIT_S)
             victim.kill()
-        failures = [future.exception(WAIT_S) for future in writing]
-    assert all(isinstance(failure, PyMongoError) for failure in failures), failures
-    victim.start()
-    found = [document["n"] for document in stored(victim, database.name, "durable")]
-    assert len(found) == len(set(found))
-    assert set(acknowledged) <= set(found)
-    assert len(set(found) - set(acknowledged)) <= writers  # those that were under way
+        finally:
+            supply.killed.set()
+        victim.start()
+        report = loading.result(WAIT_S)
+    assert (report.stored + report.already_there, report.rejected) == (supply.drawn, [])
+    assert numbers(database) == list(range(supply.drawn))
+    if with_id:
+        again = manager.load(map(supply.document, range(supply.drawn)))
+        assert again == app.LoadReport(already_there=supply.drawn)
 
 
-# ── Transactions: the money stays the same, each transfer happens once ──────────────
+LOAD_WITHOUT_END = """
+import importlib, itertools, sys
+app = importlib.import_module("02_mongodb_advanced")
+client, _ = app.connect(sys.argv[1], 5, app.CommandLog())
+target = client.get_database(sys.argv[2], write_concern=app.DURABLE).numbers
+app.BulkManager(target).load({"_id": f"number {n}", "n": n} for n in itertools.count())
+"""
+
+
+def test_a_loading_process_is_killed_and_the_load_repeated(victim: Any, database: Db) -> None:
+    args = [sys.executable, "-c", LOAD_WITHOUT_END, victim.url, database.name]
+    with subprocess.Popen(args, cwd=ROOT) as process:
+        try:
+            until(lambda: database.numbers.estimated_document_count() > 5_000, "a load")
+        finally:
+            process.send_signal(signal.SIGKILL)
+    stored = numbers(database)
+    assert stored == list(range(len(stored)))
+    documents = map(Supply(True).document, range(len(stored) + 2_500))
+    again = app.BulkManager(database.numbers).load(documents)
+    assert again == app.LoadReport(stored=2_500, already_there=len(stored))
+
 
 ACCOUNTS, OPENING = 6, Decimal(1000)
 Transfer = tuple[int, int, Decimal]
 
 
-class Payer:
-    """Transfers until `restarted`, and ten more; each has a key, and an outcome."""
-
-    def __init__(self, number: int, ledger: Any, restarted: threading.Event) -> None:
-        self.asked: dict[str, Transfer] = {}
-        self.acknowledged, self.unknown = set[str](), set[str]()
-        self._number, self._ledger, self._restarted = number, ledger, restarted
-
-    def run(self) -> None:
-        rng, more = random.Random(self._number), 10
-        while more:
-            more -= self._restarted.is_set()
-            key = f"{self._number}-{len(self.asked)}"
-            source, target = rng.sample(range(ACCOUNTS), 2)
-            self.asked[key] = source, target, Decimal(rng.randrange(1, 300)) / 100
+def pay(number: int, ledger: Any, restarted: threading.Event, asked: dict[str, Transfer]) -> None:
+    """Transfer until `restarted`, and ten times more; what failed is asked for again by its key."""
+    rng, more = random.Random(number), 10
+    for n in itertools.count():
+        more -= restarted.is_set()
+        source, target = rng.sample(range(ACCOUNTS), 2)
+        transfer = asked[f"{number}-{n}"] = source, target, Decimal(rng.randrange(1, 300)) / 100
+        while True:
             try:
-                self._ledger.transfer(*self.asked[key], key=key)
-                self.acknowledged.add(key)
-            except (app.TimedOut, app.Unreachable):
-                self.unknown.add(key)
+                ledger.transfer(*transfer, key=f"{number}-{n}")
+            except DuplicateKeyError:
+                break
+            except PyMongoError:
+                continue
+            break
+        if not more:
+            return
 
 
-def booked(database: Database[Document]) -> dict[str, Transfer]:
-    return {t["_id"]: (t["source"], t["target"], t["amount"]) for t in database.transfers.find()}
-
-
-def balances_after(transfers: dict[str, Transfer]) -> dict[int, Decimal]:
-    balances = dict.fromkeys(range(ACCOUNTS), OPENING)
-    for source, target, amount in transfers.values():
-        balances[source] -= amount
-        balances[target] += amount
-    return balances
-
-
-def balances(database: Database[Document]) -> dict[int, Decimal]:
-    return {account["_id"]: account["balance"] for account in database.accounts.find()}
-
-
-def test_every_acknowledged_transfer_happened_once_and_no_money_is_lost(
-    victim: Any, database: Database[Document]
+@pytest.mark.parametrize("options", ["", "&timeoutMS=1000"], ids=["outlasts it", "times out"])
+def test_every_transfer_around_a_kill_happens_once_and_no_money_is_lost(
+    victim: Any, database: Db, options: str
 ) -> None:
     database.accounts.insert_many([{"_id": n, "balance": OPENING} for n in range(ACCOUNTS)])
-    restarted = threading.Event()
-    # Two kinds: those that outlast the outage, and those whose deadline falls into it.
-    payers = [
-        Payer(n, app.Ledger(database.accounts, timeout_s), restarted)
-        for n, timeout_s in enumerate([20.0, 20.0, OUTAGE_TIMEOUT_S, OUTAGE_TIMEOUT_S])
-    ]
-    with ThreadPoolExecutor(len(payers)) as threads:
-        paying = [threads.submit(payer.run) for payer in payers]
+    restarted, asked = threading.Event(), dict[str, Transfer]()
+    with open_workspace(app, victim.url + options) as workspace, ThreadPoolExecutor(4) as threads:
+        found = workspace.client.get_database(database.name, app.CODEC, write_concern=app.DURABLE)
+        ledger = app.Ledger(found.accounts)
+        paying = [threads.submit(pay, number, ledger, restarted, asked) for number in range(4)]
         try:
-            until(lambda: all(len(p.acknowledged) > 5 for p in payers), "transfers")
-            before = sum(len(payer.unknown) for payer in payers)
+            until(lambda: len(asked) > 30, "transfers")
             victim.kill()
-            until(lambda: sum(len(p.unknown) for p in payers) > before, "a transfer in the outage")
+            time.sleep(1.5 if options else 0)  # the outage
             victim.start()
         finally:
             restarted.set()
         for future in paying:
             future.result(WAIT_S)
-    asked = {key: transfer for payer in payers for key, transfer in payer.asked.items()}
-    acknowledged = {key for payer in payers for key in payer.acknowledged}
-    unknown = {key for payer in payers for key in payer.unknown}
-    assert acknowledged | unknown == asked.keys()
-    assert payers[0].unknown | payers[1].unknown == set()
-    done = booked(database)
-    assert acknowledged <= done.keys()
-    assert done == {key: asked[key] for key in done}
-    assert balances(database) == balances_after(done)
+    expected = dict.fromkeys(range(ACCOUNTS), OPENING)
+    for source, target, amount in asked.values():
+        expected[source] -= amount
+        expected[target] += amount
+    booked = {t["_id"]: (t["source"], t["target"], t["amount"]) for t in database.transfers.find()}
+    assert (booked, balances(database)) == (asked, expected)
     assert app.Ledger(database.accounts).total() == ACCOUNTS * OPENING
-    for key in unknown:  # nobody knows; so again, by the same key
-        try:
-            app.Ledger(database.accounts).transfer(*asked[key], key=key)
-        except app.DuplicateKey:
-            assert key in done
-        else:
-            assert key not in done
-    assert booked(database) == asked
-    assert balances(database) == balances_after(asked)
 
 
-# ── Change streams: each write has its effect once ──────────────────────────────────
-
-
-class Crashed(Exception):
-    """Of the consumer's process."""
-
-
-class Effects:
-    """A handler that counts each change in the database; it waits for the kill once, at the tenth
-    change, `before` or after its write, and goes on or crashes too."""
-
-    def __init__(self, database: Database[Document], before: bool, crashes: bool) -> None:
-        self._database, self._before, self._crashes = database.name, before, crashes
-        self._calls, self.reached, self.killed = 0, threading.Event(), threading.Event()
-
-    def __call__(self, change: Any, session: Any) -> None:
-        self._calls += 1
-        if self._before:
-            self._wait()
-        key = f"{change['operationType']} {change['documentKey']['_id']}"
-        effects = session.client[self._database].effects  # of whichever process handles it
-        effects.update_one({"_id": key}, {"$inc": {"times": 1}}, upsert=True, session=session)
-        if not self._before:
-            self._wait()
-
-    def _wait(self) -> None:
-        if self._calls == 10:
-            self.reached.set()
-            wait(self.killed)
-            if self._crashes:
-                raise Crashed
-
-
-@pytest.mark.parametrize("crashes", [False, True], ids=["outlasts it", "crashes too"])
 @pytest.mark.parametrize("before", [True, False], ids=["before its write", "after its write"])
-def test_a_kill_in_the_middle_of_a_handler(
-    victim: Any, database: Database[Document], before: bool, crashes: bool
-) -> None:
+def test_a_kill_in_the_middle_of_a_handler(victim: Any, database: Db, before: bool) -> None:
     consumer = app.ChangeConsumer(database.orders, database.tokens, "test")
     consumer.start()
     database.orders.insert_many([{"_id": n} for n in range(20)])
-    handle, written = Effects(database, before, crashes), 20 + 20 + 5
-    with ThreadPoolExecutor(1) as threads:
-        consuming = threads.submit(app.consume, consumer, handle, written, WAIT_S)
-        try:
-            wait(handle.reached)
-            victim.kill()
-        finally:
-            handle.killed.set()
-        victim.start()
-        database.orders.update_many({}, {"$set": {"changed": True}})
-        database.orders.delete_many({"_id": {"$lt": 5}})
-        if crashes:
-            with pytest.raises(Crashed):
-                consuming.result(WAIT_S)
-            with open_workspace(app, victim.url) as another:  # process
-                found = another.client.get_database(database.name, app.CODEC)
-                resumed = app.ChangeConsumer(found.orders, found.tokens, "test")
-                assert app.consume(resumed, handle, written - 9, WAIT_S) == written - 9
-        else:
-            assert consuming.result(WAIT_S) == written
-    effects = {e["_id"]: e["times"] for e in stored(victim, database.name, "effects")}
-    assert effects == (
-        {f"insert {n}": 1 for n in range(20)}
-        | {f"update {n}": 1 for n in range(20)}
-        | {f"delete {n}": 1 for n in range(5)}
-    )
-
-
-def test_every_write_around_a_kill_has_its_effect_once(
-    victim: Any, database: Database[Document]
-) -> None:
-    consumer = app.ChangeConsumer(database.orders, database.tokens, "test")
-    consumer.start()
-    killed, written, handled = threading.Event(), list[int](), list[int]()
-
-    def write() -> None:
-        more = 30
-        for n in itertools.count():
-            if not more:
-                return
-            more -= killed.is_set()
-            database.orders.insert_one({"_id": n})  # acknowledged, or the test fails
-            written.append(n)
+    reached, killed, calls = threading.Event(), threading.Event(), itertools.count(1)
 
     def handle(change: Any, session: Any) -> None:
-        key = {"_id": change["documentKey"]["_id"]}
-        database.effects.update_one(key, {"$inc": {"times": 1}}, upsert=True, session=session)
-        handled.append(key["_id"])
+        if not before:
+            count_effect(change, session, database)
+        if next(calls) == 10:
+            reached.set()
+            assert killed.wait(WAIT_S)
+        if before:
+            count_effect(change, session, database)
 
-    with ThreadPoolExecutor(2) as threads:
-        writing = threads.submit(write)
-        deadline = time.monotonic() + WAIT_S
-        consuming = threads.submit(
-            consumer.run,
-            handle,
-            lambda count: (writing.done() and count >= len(written)) or time.monotonic() > deadline,
-        )
+    with ThreadPoolExecutor(1) as threads:
+        consuming = threads.submit(consumer.run, handle, lambda handled: handled >= 25)
         try:
-            until(lambda: len(handled) > 20, "changes")
+            assert reached.wait(WAIT_S)
             victim.kill()
         finally:
             killed.set()
         victim.start()
-        writing.result(WAIT_S)
-        assert consuming.result(WAIT_S + 10) == len(written)
-    effects = {e["_id"]: e["times"] for e in stored(victim, database.name, "effects")}
-    assert effects == dict.fromkeys(written, 1)
+        database.orders.delete_many({"_id": {"$lt": 5}})
+        assert consuming.result(WAIT_S) == 25
+    inserts, deletes = (f"insert {n}" for n in range(20)), (f"delete {n}" for n in range(5))
+    assert effects(database) == dict.fromkeys([*inserts, *deletes], 1)
 
 
-def test_a_token_that_is_too_old_and_the_way_back(
-    victim: Any, database: Database[Document]
-) -> None:
+# ── History that the oplog has lost ──
+
+
+def test_a_token_that_is_too_old_and_the_way_back(victim: Any, database: Db) -> None:
     consumer = app.ChangeConsumer(database.orders, database.tokens, "test")
     consumer.start()
-
-    def handle(change: Any, session: Any) -> None:
-        app.copy_change(database["copy"], change, session)
-
     database.orders.insert_many([{"_id": n} for n in range(3)])
-    assert app.consume(consumer, handle, 1) == 1
+    copy = app.copy_change(database.orders, database["copy"])
+    assert consumer.run(copy, app.enough(1)) == 1
     with mongo_client(victim.url) as client:
         oplog, filler = client.local["oplog.rs"], client[database.name].filler
         newest = oplog.find_one(sort=[("$natural", -1)])
@@ -488,199 +415,10 @@ def test_a_token_that_is_too_old_and_the_way_back(
             return bool(oldest and oldest["ts"] > newest["ts"])
 
         until(cut, "the oplog to be cut")
-        filler.drop()
-    database.orders.delete_one({"_id": 0})
     for _attempt in range(2):  # it does not go away by itself
-        with pytest.raises(app.HistoryLost) as caught:
-            app.consume(consumer, handle, 1)
-        assert caught.value.code == 286
-    assert stored(victim, database.name, "copy") == [{"_id": 0}]
-    app.resynchronise(consumer, database.orders, database["copy"])
+        with pytest.raises(app.HistoryLost, match="286"):
+            consumer.run(copy, app.enough(1))
+    consumer.restart()
     database.orders.insert_one({"_id": 3})
-    assert app.consume(consumer, handle, 1) == 1
-    found = stored(victim, database.name, "copy")
-    assert sorted(document["_id"] for document in found) == [1, 2, 3]
-
-
-# ── Expiry ──────────────────────────────────────────────────────────────────────────
-
-
-def test_what_is_past_its_time_goes_and_nothing_else(
-    victim: Any, database: Database[Document]
-) -> None:
-    (ttl,) = (case.model for case in app.INDEX_CASES if case.kind == "TTL")
-    app.IndexManager(database.sessions).ensure(ttl)
-    now, hour = datetime.now(UTC), timedelta(hours=1)
-    database.sessions.insert_many(
-        [
-            {"_id": "past", "expires_at": now - hour},
-            {"_id": "to come", "expires_at": now + hour},
-            {"_id": "never"},
-        ]
-    )
-    until(lambda: not database.sessions.count_documents({"_id": "past"}), "the monitor")
-    assert {document["_id"] for document in database.sessions.find()} == {"to come", "never"}
-
-
-# ── The script, whose server is killed ──────────────────────────────────────────────
-
-
-def has_collection(server: servers.Mongo, database: set[str], prefix: str) -> bool:
-    with mongo_client(server.url) as client:
-        names = [n for name in database for n in client[name].list_collection_names()]
-    return any(name.startswith(prefix) for name in names)
-
-
-SHOWN = {  # demo → the line by which it is in its middle
-    "bulk": "── 7. ",
-    "transactions": "two naive transfers:",
-    "change_streams": "stopped:",
-}
-
-
-@pytest.fixture
-def in_the_middle(tmp_path: Path, victim: Any) -> Iterator[dict[str, Child]]:
-    """A process for each demo of SHOWN, paused in its middle."""
-    children: dict[str, Child] = {}
-    with ExitStack() as stack:
-        for name, line in SHOWN.items():
-            args = ("--only", name, "--scale", "5")
-            before = databases(victim.url)
-            child = children[name] = Run(tmp_path / name).start(
-                *args, MONGODB_URI=victim.url, PAUSE_AT=line
-            )
-            stack.callback(child.process.kill)
-            child.paused()
-            if name == "bulk":
-                child.go_on()
-                until(
-                    lambda before=before: has_collection(
-                        victim, databases(victim.url) - before, "load_"
-                    ),
-                    "a load",
-                )
-                child.process.send_signal(signal.SIGSTOP)
-        yield children
-
-
-def check_end(name: str, child: Child, victim: Any) -> tuple[int, set[str]]:
-    """(exit code, the databases that it says may stay behind)"""
-    ended = child.ended()  # no traceback
-    output = ended.stdout + ended.stderr
-    assert victim.password not in output
-    assert ended.returncode in (0, 1), output
-    outcome = f"failed: {name}" if ended.returncode else "none failed"
-    assert re.search(rf"^Demos: 1 in [\d.]+ s; {outcome}\.$", ended.stdout, re.MULTILINE), output
-    reasons = re.findall(r"^failed: (.*)", ended.stdout, re.MULTILINE)
-    assert len(reasons) == ended.returncode
-    for reason in reasons:
-        assert re.match(r"(TimedOut|Unreachable|DatabaseError): ", reason), reason
-    warned = " ".join(ended.stderr.split())
-    assert not warned or "these databases may stay behind: module8_" in warned, warned
-    return ended.returncode, set(re.findall(r"module8_\w+", warned))
-
-
-def test_the_script_whose_server_is_killed_and_comes_back(
-    victim: Any, in_the_middle: dict[str, Child]
-) -> None:
-    victim.kill()
-    for child in in_the_middle.values():
-        child.go_on()
-    victim.start()
-    named = set[str]()
-    for name, child in in_the_middle.items():
-        named |= check_end(name, child, victim)[1]
-    assert databases(victim.url) <= named
-
-
-def test_the_script_whose_server_is_killed_and_stays_away(
-    victim: Any, in_the_middle: dict[str, Child]
-) -> None:
-    made = databases(victim.url)
-    victim.kill()
-    for child in in_the_middle.values():
-        child.go_on()
-    named = set[str]()
-    for name, child in in_the_middle.items():
-        code, left = check_end(name, child, victim)
-        assert code == 1
-        named |= left
-    victim.start()
-    with mongo_client(victim.url) as client:
-        for name in made:
-            client.drop_database(name)
-    assert made
-    assert made <= named
-
-
-# ── The script, interrupted ─────────────────────────────────────────────────────────
-
-INTERRUPTIONS = {  # demo → the line by which it is in its middle, and the signal
-    "bulk": ("documents/s", signal.SIGINT),
-    "transactions": ("two naive transfers:", signal.SIGTERM),
-    "change_streams": ("stopped:", signal.SIGINT),
-    "async": ("the same function:", signal.SIGINT),
-    "indexes": ("── 4. ", signal.SIGTERM),
-}
-
-
-@pytest.mark.parametrize("name", INTERRUPTIONS)
-def test_interrupted_in_the_middle(tmp_path: Path, victim: Any, name: str) -> None:
-    line, signum = INTERRUPTIONS[name]
-    before = databases(victim.url)
-    child = Run(tmp_path).start(
-        "--only", name, "--scale", "5", MONGODB_URI=victim.url, PAUSE_AT=line
-    )
-    child.paused()
-    assert databases(victim.url) - before
-    child.process.send_signal(signum)
-    child.go_on()
-    ended = child.ended()
-    assert (ended.returncode, ended.stderr) == (130, "interrupted\n"), ended.stdout
-    assert "\nDemos: " not in ended.stdout
-    assert databases(victim.url) <= before
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_while_seeding(tmp_path: Path, victim: Any, signum: signal.Signals) -> None:
-    before = databases(victim.url)
-    child = Run(tmp_path).start("--scale", "100000", MONGODB_URI=victim.url)
-    until(lambda: has_collection(victim, databases(victim.url) - before, "orders"), "orders")
-    child.process.send_signal(signum)
-    ended = child.ended()
-    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
-    assert databases(victim.url) <= before
-
-
-# Ctrl-C in the very moment in which the server is found that the client waits for. Python 3.11's
-# `asyncio.wait_for` then returns what it has and forgets that it was cancelled (fixed in 3.12).
-AT_THE_WRONG_MOMENT = """
-import asyncio, importlib, os, signal, sys
-import pymongo.lock
-
-async def wait_for(future, timeout):
-    pymongo.lock.wait_for = asyncio.wait_for  # once
-    waiting = asyncio.ensure_future(future)
-    waiting.add_done_callback(lambda _: os.kill(os.getpid(), signal.SIGINT))
-    return await asyncio.wait_for(waiting, timeout)
-
-signal.signal(signal.SIGINT, signal.default_int_handler)
-pymongo.lock.wait_for = wait_for
-script = importlib.import_module("02_mongodb_advanced")
-sys.exit(script.main(["--only", "async", "--scale", "5"]))
-"""
-
-
-def test_an_interruption_that_asyncio_forgets(tmp_path: Path, victim: Any) -> None:
-    before = databases(victim.url)
-    ended = subprocess.run(
-        [sys.executable, "-c", AT_THE_WRONG_MOMENT],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "MONGODB_URI": victim.url},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=WAIT_S,
-        check=False,
-    )
-    assert (ended.returncode, ended.stderr) == (130, "interrupted\n"), ended.stdout
-    assert databases(victim.url) <= before
+    assert consumer.run(copy, app.enough(1)) == 1
+    assert {one["_id"] for one in database["copy"].find()} == {0, 3}
