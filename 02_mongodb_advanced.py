@@ -230,13 +230,30 @@ class CommandLog(CommandListener):
     def failed(self, event: object) -> None: ...
 
 
+def absence(uri: str, timeout_s: float, errors: Sequence[Exception | None]) -> Exception:
+    """What to raise by each server's error: nobody is there, or one is and refuses this client."""
+    words = "; ".join(dict.fromkeys(str(error).partition(" (")[0] for error in errors if error))
+    absent = ServiceUnavailable("MongoDB", words or "no answer, or no primary", uri)
+    if None in errors or any(isinstance(error, NetworkTimeout) for error in errors):
+        return absent  # silent, or without a primary
+    try:
+        seeds = parse_uri(uri, connect_timeout=timeout_s)["nodelist"]
+        config.require_reachable("MongoDB", uri, seeds, timeout_s)
+    except ServiceUnavailable:
+        return absent
+    return ConfigError(
+        f"MONGODB_URI: {config.redact(uri)} accepts connections and refuses this client: "
+        f"{words or 'no such set'}. Do tls and replicaSet fit the server, and is this address on "
+        "Atlas's list?"
+    )
+
+
 def connect(uri: str, timeout_s: float, log: CommandLog) -> tuple[MongoClient[Document], Document]:
     """The client, once its server has answered within `timeout_s`, and its `hello`.
 
     Raises ServiceUnavailable where nothing answers, ConfigError where `uri` is malformed or the
     server refuses.
     """
-    where = f"MONGODB_URI: {config.redact(uri)}"
     try:
         with warnings.catch_warnings():  # by which the driver tells of options that it ignores
             warnings.simplefilter("error", UserWarning)
@@ -256,23 +273,12 @@ def connect(uri: str, timeout_s: float, log: CommandLog) -> tuple[MongoClient[Do
     except (OperationFailure, ConfigurationError) as error:
         client.close()
         reason = (getattr(error, "details", None) or {}).get("errmsg") or str(error)
+        where = f"MONGODB_URI: {config.redact(uri)}"
         raise ConfigError(f"{where} refuses: {config.redact(reason)}") from error
     except ConnectionFailure as error:
         described = client.topology_description.server_descriptions().values()
         client.close()
-        errors = [server.error for server in described]
-        words = "; ".join(dict.fromkeys(str(e).partition(" (")[0] for e in errors if e))
-        absent = ServiceUnavailable("MongoDB", words or "no answer, or no primary", uri)
-        if None in errors or any(isinstance(e, NetworkTimeout) for e in errors):
-            raise absent from error  # silent, or without a primary
-        with suppress(ServiceUnavailable):
-            seeds = parse_uri(uri, connect_timeout=timeout_s)["nodelist"]
-            config.require_reachable("MongoDB", uri, seeds, timeout_s)
-            raise ConfigError(
-                f"{where} accepts connections and refuses this client: {words or 'no such set'}. "
-                "Do tls and replicaSet fit the server, and is this address on Atlas's list?"
-            ) from error
-        raise absent from error
+        raise absence(uri, timeout_s, [server.error for server in described]) from error
 
 
 @dataclass
@@ -1003,8 +1009,8 @@ class BulkManager:
     """
 
     def __init__(self, collection: Collection[Any], most: int = BATCH_DOCUMENTS) -> None:
-        self._collection, self._most = collection.with_options(codec_options=RAW), most
-        self._codec = collection.codec_options
+        self._collection = collection.with_options(RAW, ReadPreference.PRIMARY)
+        self._most, self._codec = most, collection.codec_options
 
     def load(
         self, documents: Iterable[Mapping[str, Any]], report: LoadReport | None = None
@@ -1288,7 +1294,8 @@ class ChangeConsumer:
     def __init__(
         self, source: Collection[Document], tokens: Collection[Document], name: str
     ) -> None:
-        self._source, self._tokens, self._name = source, tokens, name
+        self._source, self._name = source, name
+        self._tokens = tokens.with_options(read_preference=ReadPreference.PRIMARY)
         self._at: Any = None  # the token last seen in `tokens`
         self._kept_up = time.monotonic()
 

@@ -401,17 +401,31 @@ def test_a_quiet_collection_keeps_its_place_as_others_write(
     assert handle.stored() == [("insert", 1)]
 
 
-def labelled(*labels: str) -> PyMongoError:
-    return OperationFailure("x", 1, {"errorLabels": list(labels)})
+def test_what_decides_is_read_from_the_primary_whatever_the_uri_prefers(
+    workspace: Any, mongo_uri: str
+) -> None:
+    uri = f"{mongo_uri}{'&' if '?' in mongo_uri else '/?'}readPreference=secondaryPreferred"
+    log, name = app.CommandLog(), workspace.database().name
+    client, _ = app.connect(uri, 5.0, log)
+    with client, log.record() as commands:
+        database = client.get_database(name, app.CODEC)
+        loads = [app.BulkManager(database.things).load([{"_id": 1}]) for _ in range(2)]
+        consumer_of(database).start()
+    assert [counts(load) for load in loads] == [(1, 0, []), (0, 1, [])]
+    finds = [one.command for one in commands if one.command_name == "find"]
+    asked = [(find["find"], "$readPreference" in find) for find in finds]
+    assert asked == [("things", False), ("tokens", False)]
+
+
+LABELLED = {name: OperationFailure("x", 1, {"errorLabels": [name]}) for name in (
+    "TransientTransactionError", "RetryableWriteError", "UnknownTransactionCommitResult",
+    "ResumableChangeStreamError", "NoWritesPerformed", "",
+)}  # fmt: skip
 
 
 @pytest.mark.parametrize(("error", "may"), [
-    *((error, True) for error in (AutoReconnect("x"), NetworkTimeout("x"))),
-    *((labelled(label), True) for label in (
-        "TransientTransactionError", "RetryableWriteError", "ResumableChangeStreamError",
-        "UnknownTransactionCommitResult",
-    )),
-    (labelled(), False), (labelled("NoWritesPerformed"), False),
+    (AutoReconnect("x"), True), (NetworkTimeout("x"), True),
+    *((error, name not in ("NoWritesPerformed", "")) for name, error in LABELLED.items()),
     (OperationFailure("not master, TransientTransactionError", 1), False),
 ])  # fmt: skip
 def test_a_label_says_what_may_be_tried_again(error: PyMongoError, may: bool) -> None:
