@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 import sqlalchemy as sa
 from services import load_script, postgres_engine
 
-SHOP_USERS = 60  # each of the 60 cities is the home of one of them
+SHOP_USERS = 60  # each of the 50 cities is the home of one of them
 TIMEOUT_S = 5.0  # a connection over loopback or to a container
 
 
@@ -47,24 +48,21 @@ def workspace_url(request: pytest.FixtureRequest) -> str | None:
 
 @pytest.fixture
 def workspace(script: ModuleType, tmp_path: Path, workspace_url: str | None) -> Iterator[Any]:
-    """An empty `Workspace` on each engine; what it creates is dropped after the test."""
-    made = script.Workspace(tmp_path, workspace_url, TIMEOUT_S)
-    yield made
-    made.close()
+    """A `Workspace` on each engine, without databases; what it creates is dropped afterwards."""
+    with closing(script.Workspace(tmp_path, workspace_url, TIMEOUT_S)) as made:
+        yield made
 
 
 @pytest.fixture
 def sqlite_workspace(script: ModuleType, tmp_path: Path) -> Iterator[Any]:
-    made = script.Workspace(tmp_path, None, TIMEOUT_S)
-    yield made
-    made.close()
+    with closing(script.Workspace(tmp_path, None, TIMEOUT_S)) as made:
+        yield made
 
 
 @pytest.fixture
 def postgres_workspace(script: ModuleType, tmp_path: Path, schemas_url: str) -> Iterator[Any]:
-    made = script.Workspace(tmp_path, schemas_url, TIMEOUT_S)
-    yield made
-    made.close()
+    with closing(script.Workspace(tmp_path, schemas_url, TIMEOUT_S)) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +71,6 @@ def shop(
 ) -> Iterator[sa.Engine]:
     """An engine on a database of SHOP_USERS users, one for all tests: only for reading, or for
     writing in a transaction that is rolled back."""
-    made = script.Workspace(tmp_path_factory.mktemp("shop"), workspace_url, TIMEOUT_S)
-    yield made.create(SHOP_USERS)
-    made.close()
+    home = tmp_path_factory.mktemp("shop")
+    with closing(script.Workspace(home, workspace_url, TIMEOUT_S)) as made:
+        yield made.create(SHOP_USERS)
