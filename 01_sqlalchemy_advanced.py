@@ -75,7 +75,6 @@ BATCH_ROWS = 2_000  # users or rows in memory at once while seeding and moving, 
 PAGE_ROWS = 20  # what one screen shows
 STATEMENT_TIMEOUT_MS = 60_000  # no demo's statement comes near; a runaway one ends
 MAX_ATTEMPTS = 3  # at a job, before it is given up
-INSUFFICIENT_PRIVILEGE = "42501"  # SQLSTATE: the role may not create a schema
 # serialization_failure, deadlock_detected; and SQLite, which has names instead of SQLSTATEs
 RETRYABLE = frozenset({"40001", "40P01", "SQLITE_BUSY", "SQLITE_BUSY_SNAPSHOT"})
 
@@ -94,7 +93,7 @@ US United States: New York City, Los Angeles, Chicago, Houston, Boston
 FIRST_NAMES = "Ada Alan Barbara Edgar Frances Grace Hedy Jim Katherine Leslie Margaret Tony".split()
 LAST_NAMES = "Allen Bachman Codd Date Gray Hopper Kay Lamport Liskov Perlman Ritchie Wing".split()
 
-# ── Domain: types and models ────────────────────────────────────────────────────────
+# ── Domain: types and models ──────────────────────────────────────────────────────────
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -253,7 +252,7 @@ class Job(Base):
 
 MODELS: tuple[type[Base], ...] = (Country, City, User, Address, Order, Job)  # parents first
 
-# ── Domain: the data ────────────────────────────────────────────────────────────────
+# ── Domain: the data ──────────────────────────────────────────────────────────────────
 
 
 def places() -> tuple[list[Row], list[Row]]:
@@ -306,7 +305,7 @@ def people(count: int, seed: int = SEED) -> Iterator[tuple[Row, list[Row], list[
         yield user, addresses, orders
 
 
-# ── Engines: an honest SQLite, a bounded PostgreSQL, a workspace of one's own ───────
+# ── Engines: an honest SQLite, a bounded PostgreSQL, a workspace of one's own ─────────
 
 
 def sqlite_engine(path: Path, **options: Any) -> sa.Engine:
@@ -432,7 +431,7 @@ def best_seconds(ways: Mapping[str, Callable[[], object]], rounds: int = 3) -> d
     return best
 
 
-# ── 1. Schema: constraints and migrations ───────────────────────────────────────────
+# ── 1. Schema: constraints and migrations ─────────────────────────────────────────────
 
 
 def _add_nickname() -> None:
@@ -542,8 +541,7 @@ def savepoint(session: Session) -> Iterator[None]:
 def violated_constraint(error: exc.IntegrityError) -> str:
     """The name of the constraint that refused a row, or what else the database says of it.
 
-    SQLite tells a UNIQUE by its columns, from which the models know the name; NOT NULL by its
-    column; and of a foreign key nothing.
+    SQLite tells a UNIQUE by its columns, NOT NULL by its column, and of a foreign key nothing.
     """
     if not isinstance(error.orig, sqlite3.Error):
         told = cast(Any, error.orig).diag
@@ -606,7 +604,7 @@ def demo_schema(workspace: Workspace) -> dict[str, str]:  # bad row → what ref
     return refused
 
 
-# ── 2. Bulk load ────────────────────────────────────────────────────────────────────
+# ── 2. Bulk load ──────────────────────────────────────────────────────────────────────
 
 
 def copy_rows(connection: sa.Connection, model: type[Base], rows: Sequence[Row]) -> None:
@@ -705,7 +703,7 @@ def demo_bulk_load(workspace: Workspace, users: int) -> dict[str, float]:  # way
     return seconds
 
 
-# ── 3. Repository and unit of work ──────────────────────────────────────────────────
+# ── 3. Repository and unit of work ────────────────────────────────────────────────────
 
 
 class EmailTaken(Exception):
@@ -814,11 +812,11 @@ def demo_repository(workspace: Workspace) -> dict[str, int]:  # way → users af
     fact("saved twice", "inserted: {}, then {}".format(*inserted))
     with Session(engine) as work:
         fact("and read", UserRepository(work).get(alan.email))
-    conclude(f"{len(refused)} refusals cost the unit of work nothing")
+    conclude(f"beside {len(refused)} refusals, {users_after['committed']} users were committed")
     return users_after
 
 
-# ── 4. N+1 ──────────────────────────────────────────────────────────────────────────
+# ── 4. N+1 ────────────────────────────────────────────────────────────────────────────
 
 
 @contextmanager
@@ -896,7 +894,7 @@ def demo_n_plus_one(engine: sa.Engine, users: int) -> dict[str, tuple[int, int]]
     return queries
 
 
-# ── 5. Analytics ────────────────────────────────────────────────────────────────────
+# ── 5. Analytics ──────────────────────────────────────────────────────────────────────
 
 Answer = list[tuple[Any, ...]]
 Select = sa.Select[*tuple[Any, ...]]
@@ -1025,7 +1023,7 @@ def demo_analytics(engine: sa.Engine) -> dict[str, Answer]:  # question → answ
     return answers
 
 
-# ── 6. Transactions ─────────────────────────────────────────────────────────────────
+# ── 6. Transactions ───────────────────────────────────────────────────────────────────
 
 
 def in_transaction(
@@ -1123,6 +1121,46 @@ def deposit_beside_a_rival(engine: sa.Engine, way: str) -> tuple[Decimal, int, s
         return session.scalars(CREDIT).one(), attempts, met
 
 
+def demo_transactions(workspace: Workspace) -> dict[str, object]:
+    """6. Transactions: savepoints, versions, lost updates, retries.
+
+    Prediction: two deposits of 10.00 at once leave 10.00 if reading and writing are apart and
+    nobody locks or retries.
+
+    Trade-off: locks wait, SERIALIZABLE retries, version numbers leave it to the caller.
+    """
+    engine = workspace.create(users=20)
+    rows = [{"user_id": user} for user in (*range(1, 11), 999, *range(11, 21))]
+    saved = []
+    with Session(engine) as session:
+        for row in rows:
+            with suppress(exc.DBAPIError):
+                session.execute(sa.insert(Job), [row])
+        session.commit()  # PostgreSQL answers with a rollback
+    saved.append(count_rows(engine, Job))
+    with Session(engine) as session, session.begin():
+        session.execute(sa.delete(Job))
+        refused = insert_each(session, Job, rows)
+    saved.append(count_rows(engine, Job))
+    fact("one bad row in 21", "{} saved; with a savepoint each, {}".format(*saved))
+    fact("refused", ", ".join(f"row {index}: {by}" for index, by in refused.items()))
+    conflict = edit_conflict(engine)
+    fact("second editor", conflict)
+    ways = [way for way in DEPOSITS if not is_sqlite(engine) or "retried" in way]
+    deposits = {way: deposit_beside_a_rival(engine, way) for way in ways}
+    table(
+        ["10.00 + a rival's 10.00", "isolation level", "credit", "attempts", "the rival"],
+        [(way, DEPOSITS[way][1], *deposit) for way, deposit in deposits.items()],
+    )
+    if is_sqlite(engine):
+        note("SQLite has no READ COMMITTED, or FOR UPDATE: one writer at a time")
+    lost = [way for way, (credit, *_) in deposits.items() if credit != 2 * TEN]
+    conclude(f"{saved[1]} of 21 rows saved; an update lost by: {', '.join(lost) or 'none'}")
+    return {"saved": saved, "conflict": conflict, "deposits": deposits}
+
+
+# ── 7. Job queue ──────────────────────────────────────────────────────────────────────
+
 READY_JOB = sa.select(Job).where(Job.state == "ready").order_by(Job.attempts, Job.id).limit(1)
 CLAIM_JOB = READY_JOB.with_for_update(skip_locked=True)
 FAILED_OR_READY = sa.case((Job.attempts + 1 >= MAX_ATTEMPTS, "failed"), else_="ready")
@@ -1156,17 +1194,23 @@ def run_worker(engine: sa.Engine, handle: Callable[[Session, Job], None]) -> Non
                 session.commit()
 
 
-def share_jobs(engine: sa.Engine) -> dict[str, int]:
-    """Claim a job by two workers at once, then let one do them all, of which the first is bad.
+def demo_job_queue(workspace: Workspace) -> dict[str, int]:  # what → how many jobs
+    """7. Job queue: claimed with SKIP LOCKED, and a bad job holds nobody up.
 
-    Returns how many jobs the two got, by claim, and how many have each state at the end.
+    Prediction: without a lock two workers claim the same job; the one that always raises ends as
+    failed, the other nineteen as done.
+
+    Trade-off: for jobs that belong to the data beside them; else take a broker (script 04).
     """
+    engine = workspace.create(users=20)
+    with Session(engine) as session, session.begin():
+        session.execute(sa.insert(Job), [{"user_id": user} for user in range(1, 21)])
     jobs = {}
     for name, claim in {"no lock": READY_JOB, "SKIP LOCKED": CLAIM_JOB}.items():
         if not is_sqlite(engine):
             with Session(engine) as one, Session(engine) as other:
                 claimed = {session.scalars(claim).one().id for session in (one, other)}
-            jobs[f"two get, {name}"] = len(claimed)
+            jobs[f"two claims, {name}"] = len(claimed)
 
     def handle(_session: Session, job: Job) -> None:
         if job.user_id == 1:
@@ -1174,59 +1218,16 @@ def share_jobs(engine: sa.Engine) -> dict[str, int]:
 
     run_worker(engine, handle)
     with Session(engine) as session:
-        return jobs | dict(sorted(Counter(session.scalars(sa.select(Job.state))).items()))
-
-
-@dataclass(frozen=True)
-class TransactionsResult:
-    saved: tuple[int, int]  # of 21 rows, one of them bad: in one go, with savepoints
-    conflict: str
-    deposits: dict[str, tuple[Decimal, int, str]]  # way → credit, attempts, the rival
-    jobs: dict[str, int]  # what → how many
-
-
-def demo_transactions(workspace: Workspace) -> TransactionsResult:
-    """6. Transactions: savepoints, versions, lost updates, retries, a job queue.
-
-    Prediction: two deposits of 10.00 at once leave 10.00 if reading and writing are apart and
-    nobody locks or retries.
-
-    Trade-off: locks wait, SERIALIZABLE retries, version numbers leave it to the caller.
-    """
-    engine = workspace.create(users=20)
-    rows = [{"user_id": user} for user in (*range(1, 11), 999, *range(11, 21))]
-    saved = []
-    with Session(engine) as session:
-        for row in rows:
-            with suppress(exc.DBAPIError):
-                session.execute(sa.insert(Job), [row])
-        session.commit()  # PostgreSQL answers with a rollback
-    saved.append(count_rows(engine, Job))
-    with Session(engine) as session, session.begin():
-        session.execute(sa.delete(Job))
-        refused = insert_each(session, Job, rows)
-    saved.append(count_rows(engine, Job))
-    fact("one bad row in 21", "{} saved; with a savepoint each, {}".format(*saved))
-    fact("refused", ", ".join(f"row {index}: {by}" for index, by in refused.items()))
-    conflict = edit_conflict(engine)
-    fact("second editor", conflict)
-    ways = [way for way in DEPOSITS if not is_sqlite(engine) or "retried" in way]
-    deposits = {way: deposit_beside_a_rival(engine, way) for way in ways}
-    table(
-        ["10.00 + a rival's 10.00", "isolation level", "credit", "attempts", "the rival"],
-        [(way, DEPOSITS[way][1], *deposit) for way, deposit in deposits.items()],
-    )
-    if is_sqlite(engine):
-        note("SQLite has no READ COMMITTED, FOR UPDATE or SKIP LOCKED: one writer at a time")
-    jobs = share_jobs(engine)
+        jobs |= dict(sorted(Counter(session.scalars(sa.select(Job.state))).items()))
     for what, count in jobs.items():
-        fact(f"jobs {what}", count)
-    lost = [way for way, (credit, *_) in deposits.items() if credit != 2 * TEN]
-    conclude(f"{saved[1]} of 21 rows saved; an update lost by: {', '.join(lost) or 'none'}")
-    return TransactionsResult((saved[0], saved[1]), conflict, deposits, jobs)
+        fact(what, count)
+    if is_sqlite(engine):
+        note("SQLite has no SKIP LOCKED: one worker at a time")
+    conclude(f"{jobs['done']} of 20 jobs done, {jobs['failed']} failed")
+    return jobs
 
 
-# ── 7. Large results ────────────────────────────────────────────────────────────────
+# ── 8. Large results ──────────────────────────────────────────────────────────────────
 
 ORDERS_BY_TIME = sa.select(Order.placed_at, Order.id).order_by(Order.placed_at, Order.id)
 
@@ -1267,7 +1268,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 
 def demo_large_results(engine: sa.Engine) -> dict[str, str]:
-    """7. Large results: keyset against OFFSET at depth, a stream against a list.
+    """8. Large results: keyset against OFFSET at depth, a stream against a list.
 
     Prediction: OFFSET reads all that it skips; keyset reads one page at any depth.
 
@@ -1300,7 +1301,7 @@ def demo_large_results(engine: sa.Engine) -> dict[str, str]:
     return scans
 
 
-# ── 8. Pool ─────────────────────────────────────────────────────────────────────────
+# ── 9. Pool ───────────────────────────────────────────────────────────────────────────
 
 
 def after_kill(engine: sa.Engine, *, pre_ping: bool) -> str:
@@ -1322,7 +1323,7 @@ def after_kill(engine: sa.Engine, *, pre_ping: bool) -> str:
 
 
 def demo_pool(workspace: Workspace) -> dict[str, str]:  # event → what the caller met
-    """8. Pool: bounded and pinged; a killed connection survived.
+    """9. Pool: bounded and pinged; a killed connection survived.
 
     Prediction: the fourth caller of a pool of 2 + 1 fails in time; with pool_pre_ping the caller
     after a kill notices nothing.
@@ -1352,7 +1353,7 @@ def demo_pool(workspace: Workspace) -> dict[str, str]:  # event → what the cal
     return met
 
 
-# ── 9. Transfer to another engine ───────────────────────────────────────────────────
+# ── 10. Transfer to another engine ────────────────────────────────────────────────────
 
 
 class TransferError(Exception):
@@ -1431,7 +1432,7 @@ def reset_sequences(connection: sa.Connection) -> None:
 
 
 def demo_transfer(workspace: Workspace, directory: Path, users: int) -> dict[str, int]:
-    """9. Transfer: from SQLite to another database, across an interruption.
+    """10. Transfer: from SQLite to another database, across an interruption.
 
     Prediction: a transfer that is cut off goes on where it was; every row arrives once.
 
@@ -1466,11 +1467,11 @@ def demo_transfer(workspace: Workspace, directory: Path, users: int) -> dict[str
     return {"power cut": there, "resumed": arrived, "source": total, "next id": next_id}
 
 
-# ── 10. Security ────────────────────────────────────────────────────────────────────
+# ── 11. Security ──────────────────────────────────────────────────────────────────────
 
 
 def demo_security(workspace: Workspace) -> dict[str, int]:  # way → users that the attack matched
-    """10. Security: injection, and passwords.
+    """11. Security: injection, and passwords.
 
     Prediction: the same input matches every user as SQL, and nobody as a value.
 
@@ -1494,7 +1495,7 @@ def demo_security(workspace: Workspace) -> dict[str, int]:  # way → users that
     return matches
 
 
-# ── Main ────────────────────────────────────────────────────────────────────────────
+# ── Main ──────────────────────────────────────────────────────────────────────────────
 
 DEMOS = (
     demo_schema,
@@ -1503,6 +1504,7 @@ DEMOS = (
     demo_n_plus_one,
     demo_analytics,
     demo_transactions,
+    demo_job_queue,
     demo_large_results,
     demo_pool,
     demo_transfer,
@@ -1582,7 +1584,7 @@ def open_resources(run: config.Run) -> Iterator[dict[str, object]]:
         try:
             engine = workspace.create(run.scale)
         except exc.ProgrammingError as error:
-            if error_code(error) != INSUFFICIENT_PRIVILEGE:
+            if error_code(error) != "42501":  # insufficient_privilege: to create a schema
                 raise
             raise refused(url or "", error) from error
         yield {"engine": engine, "workspace": workspace, "directory": directory, "users": run.scale}

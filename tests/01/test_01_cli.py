@@ -25,7 +25,7 @@ SCRIPT = SCRIPTS["01"]
 Run = partial(running.Run, SCRIPT.path)
 DEMOS = (  # in reading order, as the script's guide has them
     "schema", "bulk_load", "repository", "n_plus_one", "analytics", "transactions",
-    "large_results", "pool", "transfer", "security",
+    "job_queue", "large_results", "pool", "transfer", "security",
 )  # fmt: skip
 QUICK = ("--only", "repository", "--scale", "5")  # where any demo will do
 
@@ -83,8 +83,8 @@ def test_whole_runs_differ_only_in_timings(
     runs = recorded("01", bool(database_url)), whole_run(SCRIPT, tmp_path, database_url)
     for ended, left in [(whole.ended, whole.left) for whole in runs]:
         assert (ended.returncode, ended.stderr, left) == (0, "", set()), ended.stdout
-        assert re.findall(r"^── (\d+)\. ", ended.stdout, re.M) == [str(n) for n in range(1, 11)]
-        assert re.search(r"^Demos: 10 in [\d.]+ s; none failed\.$", ended.stdout, re.M)
+        assert re.findall(r"^── (\d+)\. ", ended.stdout, re.M) == [str(n) for n in range(1, 12)]
+        assert re.search(r"^Demos: 11 in [\d.]+ s; none failed\.$", ended.stdout, re.M)
         offline = r"PostgreSQL is unavailable: DATABASE_URL is not set\.\n(.+\n)+On SQLite 3\."
         assert re.match(r"On PostgreSQL \d+\." if database_url else offline, ended.stdout)
     first, second = (without_timings(whole.ended.stdout) for whole in runs)
@@ -114,7 +114,7 @@ ON_POSTGRES = (
         "SET credit = credit + 10": ["20.00", 1, "goes first"],
         **RETRIED,
     },
-    {"two get, no lock": 1, "two get, SKIP LOCKED": 2, "done": 19, "failed": 1},
+    {"two claims, no lock": 1, "two claims, SKIP LOCKED": 2, "done": 19, "failed": 1},
     {"the fourth caller": "TimeoutError", **AFTER_A_KILL},
 )
 INDEX = "ix_orders_placed_at_id"
@@ -128,15 +128,16 @@ def test_demos_twice_in_a_row_in_the_same_database(main: Main, database_url: str
     sent = list(accumulate(min(200, n - i) for n in tables for i in range(0, n, 200)))
     undone = next(i for i, rows in enumerate(sent) if rows > sent[-1] / 2)
     moved = {"power cut": sent[undone - 1], "resumed": sent[-1], "source": sent[-1]}
-    names = ("transactions", "pool", "transfer", "security", "large_results")
+    names = ("transactions", "job_queue", "pool", "transfer", "security", "large_results")
     for _ in range(2):
         options = [word for name in names for word in ("--only", name)]
         ended = main(*options, "--json", DATABASE_URL=database_url)
         found: dict[str, Any] = {name: one["result"] for name, one in demos_of(ended).items()}
-        saved, conflict, *others = found["transactions"].values()
+        saved, conflict, deposits = found["transactions"].values()
         assert saved == [0 if database_url else 20, 20]
         assert conflict.startswith("StaleDataError: UPDATE statement on table 'users' ")
-        assert (*others, found["pool"]) == (ON_POSTGRES if database_url else ON_SQLITE)
+        found_there = deposits, found["job_queue"], found["pool"]
+        assert found_there == (ON_POSTGRES if database_url else ON_SQLITE)
         assert found["transfer"] == {**moved, "next id": 501}
         assert found["security"] == {"pasted into SQL": 20, "bound": 0}
         offset, keyset = found["large_results"].values()
@@ -151,7 +152,7 @@ def test_demos_twice_in_a_row_in_the_same_database(main: Main, database_url: str
 
 def test_a_password_is_stored_by_argon2(main: Main) -> None:
     shown = main("--only", "security", "--offline").stdout
-    assert "True, $argon2id$v=19$m=65536,t=3,p=4…\n" in shown  # RFC 9106, section 4: the second one
+    assert "$argon2id$v=19$m=65536,t=3,p=4…, verified: True\n" in shown  # RFC 9106, section 4
     assert re.search("rehash at the next login: +True", shown)
 
 
@@ -202,7 +203,7 @@ def test_interrupted_in_the_middle(
     child.go_on()
     ended = child.ended()
     assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
-    assert "── 9. " not in ended.stdout
+    assert "── 10. " not in ended.stdout
     assert not database_url or schemas(database_url) == {"module8_before"}
 
 

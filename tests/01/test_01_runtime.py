@@ -65,7 +65,7 @@ def in_threads(count: int, work: Callable[[], object]) -> None:
             future.result(TIMEOUT_S)
 
 
-# ── 6. Transactions ──────────────────────────────────────────────────────────────────
+# ── 6. Transactions, 7. Job queue ────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(("times", "attempts"), [(3, 5), (9, 3)])
@@ -320,7 +320,7 @@ def test_a_claim_skips_what_is_held_and_reads_nothing_done(engine: sa.Engine) ->
     assert "(attempts, id) WHERE " in ask(engine, indexes)
 
 
-# ── 7. Large results ────────────────────────────────────────────────────────────────
+# ── 8. Large results ────────────────────────────────────────────────────────────────
 
 
 def orders_at(engine: sa.Engine, moments: list[datetime]) -> list[tuple[datetime, int]]:
@@ -375,7 +375,7 @@ def test_a_stream_holds_a_fraction_of_what_a_list_holds(engine: sa.Engine) -> No
     assert not tracemalloc.is_tracing()
 
 
-# ── 8. Pool ─────────────────────────────────────────────────────────────────────────
+# ── 9. Pool ─────────────────────────────────────────────────────────────────────────
 
 OWN = "-c work_mem=1234kB -c statement_timeout=1 -c search_path=public -c TimeZone=Asia/Tokyo"
 
@@ -400,7 +400,7 @@ def test_every_connection_is_bounded_named_and_in_utc(
             each.dispose()
 
 
-# ── 9. Transfer ─────────────────────────────────────────────────────────────────────
+# ── 10. Transfer ────────────────────────────────────────────────────────────────────
 
 NASTY = "tab\t, newline\n, return\r\n, back\\slash, \\N, \\., 'quotes\", é, 🐘"
 BATCH_ROWS = 20
