@@ -354,8 +354,8 @@ def rfm(db: Db, cutoff: int, source: str = "transactions") -> Rfm:
 
 
 def rfm_postgresql(engine: Engine, transactions: Path, cutoff: int) -> Rfm:
-    """From a CSV of customer_id, day, cents, in a table that ends with its connection."""
-    with engine.connect() as connection, transactions.open() as text:
+    """From a CSV of customer_id, day, cents, in a temporary table."""
+    with engine.connect() as connection, transactions.open("rb") as text:
         columns = "customer_id text, day bigint, cents bigint"
         connection.exec_driver_sql(f"CREATE TEMPORARY TABLE transactions ({columns})")
         with closing(connection.connection.cursor()) as cursor:
@@ -367,7 +367,7 @@ def rfm_mongodb(database: Any, transactions: Path, cutoff: int) -> Rfm:
     """Through a collection, filled anew; days are sorted before $first sees them."""
     collection = database["transactions"]
     collection.drop()
-    with transactions.open() as text:
+    with transactions.open(encoding="utf-8") as text:
         lines = csv.reader(text)
         while batch := list(itertools.islice(lines, MONGO_BATCH)):
             collection.insert_many(

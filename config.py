@@ -55,8 +55,8 @@ class ServiceUnavailable(Exception):
 
     def __init__(self, service: str, reason: str, url: str | None = None) -> None:
         service += f" at {redact(url)}" if url else ""
-        start = "To start one: docker compose up -d --wait, or python servers.py run -- CMD"
-        super().__init__(f"{service} is unavailable: {reason}.\n{start}")
+        start = "docker compose up -d --wait, or .venv/bin/python servers.py run -- CMD"
+        super().__init__(f"{service} is unavailable: {reason}.\nTo start one: {start}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,6 +290,9 @@ def run_script(
 
     `open_resources(run)` yields a mapping; each demo gets those values that its parameters name.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not every encoding has a rule or an arrow
+            stream.reconfigure(errors="replace")
     by_name = {demo.__name__.removeprefix("demo_"): demo for demo in demos}
     args = _parsed(argv, doc, list(by_name), scale, scale_unit)
     if args.list:

@@ -1,21 +1,29 @@
-"""What the benchmarks share: interleaved rounds, ratios, one table, and the exit code.
+"""What the benchmarks share: interleaved rounds, ratios, one table, a record, and the exit code.
 
 A benchmark is a file `bench_*.py` whose `main` hands `run_bench` a function that measures. Each
 time is taken in rounds: every way once, then every way again, so that a busy moment of the machine
 hits all of them. A ratio is formed inside each round; reported are its median and its range.
+
+Where BENCH_RECORDS names a directory, the benchmark also writes its record there, as JSON, from
+which report.py makes docs/BENCHMARKS.md.
 """
 
 from __future__ import annotations
 
 import gc
+import hashlib
+import inspect
+import json
 import os
 import platform
+import re
 import signal
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -28,6 +36,8 @@ import config  # noqa: E402
 
 ROUNDS = 5  # the fewest whose median survives two disturbed rounds
 WARM_UPS = 1  # fills the server's and SQLAlchemy's caches; not counted
+
+RECORDS = "BENCH_RECORDS"  # the variable that names the directory of the records
 
 Samples = list[float]  # seconds, one for each round
 Counts = Mapping[str, int]  # of what happened in a round
@@ -107,11 +117,17 @@ class Line:
 
     def cells(self) -> tuple[str, ...]:
         low, middle, high = min(self.ratios), statistics.median(self.ratios), max(self.ratios)
-        ratio = f"{_times(middle)}× {self.word} ({_times(low)}–{_times(high)})"
+        ratio = f"{times(middle)}× {self.word} ({times(low)}–{times(high)})"
         return self.measure, str(self.ours), str(self.other), ratio, self.goal, OUTCOMES[self.met]
 
+    def record(self) -> dict[str, object]:
+        names = {"ours_name": self.ours.name, "other_name": self.other.name}
+        ratios = [float(f"{ratio:.6g}") for ratio in self.ratios]
+        return {**_cells_recorded(self), **names, "ratios": ratios, "word": self.word}
 
-def _times(ratio: float) -> str:
+
+def times(ratio: float) -> str:
+    """A ratio to three digits or so."""
     return f"{ratio:.2f}" if ratio < 2 else f"{ratio:.1f}" if ratio < 100 else f"{ratio:.0f}"
 
 
@@ -146,6 +162,15 @@ class CountLine:
 
     def cells(self) -> tuple[str, ...]:
         return self.measure, str(self.ours), str(self.other), "-", self.goal, OUTCOMES[self.met]
+
+    def record(self) -> dict[str, object]:
+        names = {"ours_name": self.ours.name, "other_name": self.other.name}
+        return {**_cells_recorded(self), **names, "ratios": [], "word": ""}
+
+
+def _cells_recorded(line: Line | CountLine) -> dict[str, object]:
+    columns = ("measure", "ours", "other", "ratio", "goal")
+    return {**dict(zip(columns, line.cells(), strict=False)), "met": line.met}
 
 
 def counted(
@@ -200,7 +225,8 @@ def run_bench(
     not met is a line of the table: the code is 0. It is 2 where a variable or its server is
     missing, 130 after Ctrl-C; an error while measuring, such as a wrong answer, is raised.
     """
-    title, started = doc.splitlines()[0].rstrip("."), time.perf_counter()
+    title, started, load = doc.splitlines()[0].rstrip("."), time.perf_counter(), os.getloadavg()[0]
+    started_at = datetime.now(UTC)
     # Cleans up as Ctrl-C does, also where asyncio.Runner has a handler of its own for that.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
@@ -217,9 +243,10 @@ def run_bench(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    versions = {name: version(name) for name in packages}
     config.console.print(f"\n── {title} ".ljust(config.WIDTH + 1, "─"))
     config.fact("Python", f"{platform.python_version()}, {_cores()} cores")
-    config.fact("packages", ", ".join(f"{name} {version(name)}" for name in packages))
+    config.fact("packages", ", ".join(f"{name} {number}" for name, number in versions.items()))
     for label, value in facts.items():
         config.fact(label, value)
     columns = ["measure", "ours", "peer or limit", "ratio (range)", "goal", "outcome"]
@@ -230,7 +257,60 @@ def run_bench(
         f"{sum(verdicts)} of {len(verdicts)} goals met; "
         f"medians of {ROUNDS} or more interleaved rounds; {elapsed_s:.0f} s in all"
     )
+    if os.environ.get(RECORDS):
+        benchmark = Path(inspect.getfile(measures)).stem
+        record = {
+            "benchmark": benchmark,
+            "title": title,
+            "started_at": f"{started_at:%Y-%m-%dT%H:%M:%SZ}",
+            "elapsed_s": round(elapsed_s),
+            "load": [round(load, 1), round(os.getloadavg()[0], 1)],  # before it, and at its end
+            "script_sha256": script_digest(benchmark),
+            "machine": machine(),
+            "versions": {"Python": platform.python_version(), **versions},
+            "facts": facts,
+            "lines": [line.record() for line in lines],
+        }
+        write_record(Path(os.environ[RECORDS]), benchmark, record)
     return 0
+
+
+# ── The record ──────────────────────────────────────────────────────────────────────
+
+
+def write_record(directory: Path, benchmark: str, record: Mapping[str, object]) -> None:
+    """Whole, or not at all: a reader never sees half of one."""
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record, ensure_ascii=False, indent=1) + "\n"
+    unfinished = directory / f".{benchmark}.json.new"
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(directory / f"{benchmark}.json")
+
+
+def script_digest(benchmark: str) -> str:
+    """Of the script that bench_0N measures: a figure belongs to one version of it."""
+    (script,) = ROOT.glob(f"{benchmark.split('_')[1]}_*.py")
+    return hashlib.sha256(script.read_bytes()).hexdigest()
+
+
+def machine() -> dict[str, object]:
+    """What a time depends on, without what tells whose machine it is."""
+    kernel = re.match(r"[\d.]*\d", platform.release())
+    return {
+        "cpu": _cpu_model(),
+        "cores": _cores(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {kernel[0] if kernel else '?'} {platform.machine()}",
+    }
+
+
+def _cpu_model() -> str:
+    information = Path("/proc/cpuinfo")  # platform.processor() is empty on most Linux
+    if information.exists():
+        for line in information.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _cores() -> int:

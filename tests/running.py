@@ -37,7 +37,8 @@ import config
 END_TIMEOUT_S = 120.0  # a whole run takes 10 to 30 s; four at once on a busy machine, longer
 WAIT_S = 60.0  # for what takes a second or two
 SECRET = "s3cr3t-horse"
-START = "To start one: docker compose up -d --wait, or python servers.py run"  # may be wrapped
+# May be wrapped.
+START = "To start one: docker compose up -d --wait, or .venv/bin/python servers.py run"
 SETTINGS = (*config.SCHEMES, "LOG_LEVEL", "LOG_FORMAT", "CONNECT_TIMEOUT_S")
 
 Ended = subprocess.CompletedProcess[str]

@@ -1,4 +1,4 @@
-"""docker-compose.yml, .env.example and the tests' containers agree with one another.
+"""docker-compose.yml, .env.example, .devcontainer/ and the tests' containers agree.
 
 The files are read as Docker Compose and python-dotenv read them; that the stack they describe
 works takes a Docker daemon, and is the first command of the README.
@@ -7,6 +7,7 @@ works takes a Docker daemon, and is the first command of the README.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -241,3 +242,48 @@ def test_the_commented_urls_are_well_formed() -> None:
     commented = dict(re.findall(r"^#([A-Z_]+)=(.*)$", EXAMPLE_TEXT, flags=re.MULTILINE))
     assert set(commented) == {"DATABASE_URL", "MONGODB_URI"}
     assert config.load_settings(commented, path=None).mongodb_uri == commented["MONGODB_URI"]
+
+
+# ── The container to work in ────────────────────────────────────────────────────────
+
+DEV = ROOT / ".devcontainer"
+
+
+def dev_container() -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the editor reads, and what Compose reads."""
+    opened = json.loads((DEV / "devcontainer.json").read_text(encoding="utf-8"))
+    return opened, yaml.safe_load((DEV / opened["dockerComposeFile"]).read_text(encoding="utf-8"))
+
+
+def test_the_dev_container_brings_the_whole_stack() -> None:
+    opened, compose = dev_container()
+    (included,) = compose["include"]
+    assert (DEV / included["path"]).resolve() == ROOT / "docker-compose.yml"
+    assert (DEV / included["env_file"]).resolve() == ROOT / ".env.example"
+    dev = compose["services"][opened["service"]]
+    assert f"..:{opened['workspaceFolder']}" in dev["volumes"]
+    assert set(dev["depends_on"]) == set(SERVICES)
+    assert {wait["condition"] for wait in dev["depends_on"].values()} == {"service_healthy"}
+
+
+def test_the_dev_container_is_set_up_by_a_user_whom_it_has() -> None:
+    opened, compose = dev_container()
+    dev, user = compose["services"][opened["service"]], opened["remoteUser"]
+    image = (DEV / dev["build"] / "Dockerfile").read_text(encoding="utf-8")
+    assert re.search(rf"^RUN useradd .* {user}$", image, flags=re.MULTILINE)
+    assert f"chown {user} .venv " in dev["command"][-1]
+    make, target = opened["postCreateCommand"].split()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert make == "make"
+    assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+
+
+@every_service
+def test_the_dev_container_reaches_each_server(name: str) -> None:
+    """By the URL of .env.example, but for the host, and the port inside."""
+    opened, compose = dev_container()
+    variable = SERVICES[name].variable
+    url = urlsplit(EXAMPLE[variable])
+    address = f"{name}:{SERVICES[name].image.port}"
+    expected = url._replace(netloc=url.netloc.replace(f"127.0.0.1:{url.port}", address))
+    assert compose["services"][opened["service"]]["environment"][variable] == expected.geturl()

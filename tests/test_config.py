@@ -316,7 +316,7 @@ def test_service_unavailable_says_which_where_why_and_how_to_start_one() -> None
     text = str(ServiceUnavailable("Redis", "Connection refused", "redis://:pw@h:6379/0"))
     assert text.startswith("Redis at redis://:***@h:6379/0 is unavailable: Connection refused.\n")
     assert "docker compose up -d --wait" in text
-    assert "python servers.py run -- " in text
+    assert ".venv/bin/python servers.py run -- " in text
     assert str(ServiceUnavailable("Redis", "not set")).startswith("Redis is unavailable: not set.")
 
 
@@ -966,20 +966,32 @@ def tiny(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     (tmp_path / "tiny.py").write_text(TINY)
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
 
-    def start(*args: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    def start(
+        *args: str, stdout: int = subprocess.PIPE, encoding: str = "utf-8"
+    ) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "tiny.py", *args],
             cwd=tmp_path,
-            env=environ,
+            env={**environ, "PYTHONIOENCODING": encoding},
+            encoding=encoding,
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=subprocess.PIPE,
-            text=True,
             # A shell starts background jobs with SIGINT ignored, and children inherit that.
             preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
 
     return start
+
+
+def test_what_an_encoding_does_not_have_is_replaced(
+    tiny: Callable[..., subprocess.Popen[str]],
+) -> None:
+    """As on Windows, where output goes to a file in the code page of the machine."""
+    out, err = tiny("--only", "lines", encoding="cp1252").communicate(timeout=30)
+    assert "?? Many lines ??" in out
+    assert "line: " in out
+    assert err == ""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

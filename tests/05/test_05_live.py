@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import sqlite3
 import threading
@@ -29,7 +30,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 from pika.exceptions import ChannelClosedByBroker
 from pymongo.collection import Collection
 from running import SCRIPTS, SECRET, WAIT_S, Main, Recorded, Run, at_once, demos_of, missing, until
-from services import load_script, redis_client
+from services import ROOT, load_script, mongo_client, postgres_engine, redis_client
 
 import config
 import servers
@@ -419,6 +420,38 @@ def test_two_runs_at_once_agree_and_leave_a_page_each(tmp_path: Path, own: dict[
     assert pages[0] == pages[1]
     left = [sorted(path.name for path in home.iterdir()) for home in homes]
     assert left == [["report.html", "tmp"]] * 2
+
+
+def test_the_rights_that_the_guide_names_suffice(main: Main, own: dict[str, Any]) -> None:
+    guide = (ROOT / "docs" / "05-data-science.md").read_text("utf-8").replace("\\\n", "")
+    (granted,) = re.findall(r"^psql -c '(.+)'$", guide, re.MULTILINE)
+    (rights,) = re.findall(r"^redis-cli ACL SETUSER module8 on '>PASSWORD' (.+)$", guide, re.M)
+    (role,) = re.findall(r"^```json\n(.+?)^```$", guide, re.MULTILINE | re.DOTALL)
+    with postgres_engine(own["postgres"].url).begin() as connection:
+        connection.exec_driver_sql(f"CREATE ROLE module8 LOGIN PASSWORD '{SECRET}'")
+        connection.exec_driver_sql("REVOKE ALL ON DATABASE app FROM PUBLIC")
+        connection.exec_driver_sql("REVOKE ALL ON SCHEMA public FROM PUBLIC")
+        connection.exec_driver_sql(granted)
+    with mongo_client(own["mongo"].url) as client:
+        client.admin.command(json.loads(role))
+        client.admin.command("createUser", "module8", pwd=SECRET, roles=["module8"])
+    with redis_client(own["redis"].url) as client:
+        client.execute_command(
+            "ACL", "SETUSER", "module8", "on", f">{SECRET}", *shlex.split(rights)
+        )
+    restricted = {
+        name: re.sub("//[^@]*@", f"//module8:{SECRET}@", url)
+        for name, url in urls(own).items() if name != "RABBITMQ_URL"
+    }  # fmt: skip
+    ended = main("--only", "rfm", "--only", "live", "--scale", "500", **{**urls(own), **restricted})
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "was lost on the way" not in ended.stdout
+    assert {"PostgreSQL", "MongoDB"} <= set(re.findall(r"^  (\w+): .*the same", ended.stdout, re.M))
+    with mongo_client(own["mongo"].url) as client:
+        assert [name for name in client.list_database_names() if name.startswith("module8")] == []
+    with redis_client(own["redis"].url) as client:
+        refused = {entry["object"] for entry in client.acl_log()}
+    assert {name for name in refused if not name.startswith("client|")} == set()  # its own name
 
 
 def test_the_queue_of_a_run_is_deleted(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -226,7 +227,7 @@ def test_terms_and_cutoff_are_used(main: Main, orders: str) -> None:
 
 # ── In a browser ────────────────────────────────────────────────────────────────────
 
-CHROMIUM = "/usr/bin/chromium"
+CHROMIUM = shutil.which("chromium") or "chromium"
 QUIET = ("--no-first-run", "--disable-background-networking", "--disable-component-update",
          "--disable-sync", "--disable-quic", "--disable-gpu")  # fmt: skip
 CONTRASTS = """() => {  // [element, text, its contrast as WCAG 2 counts it] of all text on the page
