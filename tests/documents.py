@@ -228,14 +228,15 @@ def copy_of_the_module(place: Path) -> Path:
 
 
 def shell(code: str, place: Path) -> subprocess.CompletedProcess[str]:
-    """Run `code` there up to the first line that fails, with this interpreter first on PATH and no
-    server configured; both its streams are in `stdout`.
+    """Run `code` there up to the first line that fails, with this interpreter first on PATH, no
+    server configured, and none that is installed; both its streams are in `stdout`.
 
     Raises subprocess.TimeoutExpired.
     """
     import config
 
     kept = {name: value for name, value in os.environ.items() if name not in config.SCHEMES}
+    kept["SERVERS_IGNORE_INSTALLED"] = "1"  # the output is then the same everywhere
     kept["PATH"] = f"{Path(sys.executable).parent}:{kept['PATH']}"
     return subprocess.run(
         ["sh", "-euc", code], cwd=place, env=kept, check=False, text=True,
