@@ -290,9 +290,8 @@ def run_script(
 
     `open_resources(run)` yields a mapping; each demo gets those values that its parameters name.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not every encoding has a rule or an arrow
-            stream.reconfigure(errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not every encoding has a rule or an arrow
     by_name = {demo.__name__.removeprefix("demo_"): demo for demo in demos}
     args = _parsed(argv, doc, list(by_name), scale, scale_unit)
     if args.list:
