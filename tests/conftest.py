@@ -11,6 +11,7 @@ import functools
 import os
 import pickle
 import secrets
+import shutil
 import signal
 from collections.abc import Iterator
 from typing import Any, cast
@@ -18,7 +19,7 @@ from typing import Any, cast
 import pytest
 import sqlalchemy
 from pymongo.database import Database
-from running import SCRIPTS, Recorded, Whole, whole_run
+from running import SCRIPTS, Recorded, Whole, missing, whole_run
 from services import (
     NOT_CONFIGURED,
     Ladder,
@@ -202,3 +203,24 @@ def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
             return cast(Whole, pickle.loads(file.read_bytes()))
 
     return recorded
+
+
+# ── A browser ───────────────────────────────────────────────────────────────────────
+
+CHROMIUM = shutil.which("chromium") or "chromium"
+QUIET = ("--no-first-run", "--disable-background-networking", "--disable-component-update",
+         "--disable-sync", "--disable-quic", "--disable-gpu")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import Error, sync_playwright
+
+    args = [*QUIET, *(["--no-sandbox"] if os.geteuid() == 0 else [])]
+    with sync_playwright() as playwright:
+        try:
+            started = playwright.chromium.launch(executable_path=CHROMIUM, args=args)
+        except Error as error:
+            missing(f"apt-get install chromium: {error}")
+        yield started
+        started.close()

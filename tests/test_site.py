@@ -6,11 +6,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,6 @@ from services import ROOT
 
 pytestmark = pytest.mark.slow
 
-CHROMIUM = shutil.which("chromium") or "chromium"
-QUIET = ("--no-first-run", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", "--disable-quic", "--disable-gpu")  # fmt: skip
 SCRIPTS = sorted(path.name for path in ROOT.glob("0?_*.py"))
 WIDTHS = (1280, 390)
 SEEN = """() => ({
@@ -64,20 +59,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ended = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     return directory
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import Error, sync_playwright
-
-    args = [*QUIET, *(["--no-sandbox"] if os.geteuid() == 0 else [])]
-    with sync_playwright() as playwright:
-        try:
-            started = playwright.chromium.launch(executable_path=CHROMIUM, args=args)
-        except Error as error:
-            missing(f"apt-get install chromium: {error}")
-        yield started
-        started.close()
 
 
 def watched(context: Any) -> tuple[Any, list[str], list[str]]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections import Counter
-from collections.abc import Iterator
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,7 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 import running
-from running import SCRIPTS, Main, missing
+from running import SCRIPTS, Main
 from services import load_script
 
 ds: Any = load_script("05_realworld_data_science")
@@ -227,9 +225,6 @@ def test_terms_and_cutoff_are_used(main: Main, orders: str) -> None:
 
 # ── In a browser ────────────────────────────────────────────────────────────────────
 
-CHROMIUM = shutil.which("chromium") or "chromium"
-QUIET = ("--no-first-run", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", "--disable-quic", "--disable-gpu")  # fmt: skip
 CONTRASTS = """() => {  // [element, text, its contrast as WCAG 2 counts it] of all text on the page
   const probe = document.createElement('canvas').getContext('2d', {willReadFrequently: true})
   const light = (colour) => {
@@ -252,20 +247,6 @@ CONTRASTS = """() => {  // [element, text, its contrast as WCAG 2 counts it] of 
   }
   return found
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import Error, sync_playwright
-
-    args = [*QUIET, *(["--no-sandbox"] if os.geteuid() == 0 else [])]
-    with sync_playwright() as playwright:
-        try:
-            started = playwright.chromium.launch(executable_path=CHROMIUM, args=args)
-        except Error as error:
-            missing(f"apt-get install chromium: {error}")
-        yield started
-        started.close()
 
 
 def opened(browser: Any, path: Path, width: int, **media: str) -> tuple[Any, list[str]]:
