@@ -37,6 +37,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -53,6 +54,7 @@ LOCALE = "C.UTF-8" if sys.platform == "linux" else "en_US.UTF-8"
 DEBIAN = Path("/usr/lib")  # has servers that Debian's packages do not put on PATH
 FETCHED = Path(__file__).resolve().parent / ".venv" / "servers"
 UNPRIVILEGED, NO_GROUP = "nobody", 65534  # PostgreSQL refuses root: whom it then runs as
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that end a set of servers
 EXIT_UNAVAILABLE, EXIT_NOT_FOUND = 125, 127  # CMD never ran: as docker run, and as a shell, say it
 
 
@@ -706,12 +708,15 @@ def serve(only: Sequence[str], command: Sequence[str]) -> int:
 
 
 def _run(command: Sequence[str], urls: Mapping[str, str]) -> int:
+    heed = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until a `finally` knows the child
     try:
-        child = subprocess.Popen(command, env={**os.environ, **urls})
+        child = subprocess.Popen(command, env={**os.environ, **urls}, preexec_fn=heed)
     except OSError as error:
         _say(f"servers.py: {command[0]}: {error.strerror}")
         return EXIT_NOT_FOUND
     try:
+        heed()
         status = child.wait()
     except SystemExit as signalled:  # let it clean up: its servers outlive it
         if signalled.code != 128 + signal.SIGINT:  # a Ctrl-C it has got from the terminal itself
@@ -736,7 +741,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv[:split])
     if bool(command) != (options.action == "run"):
         parser.error("run takes a command after --, and up takes none")
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for signum in SIGNALS:
         if signal.getsignal(signum) is not signal.SIG_IGN:  # under nohup it is
             signal.signal(signum, lambda number, _: sys.exit(128 + number))  # each `finally` runs
     try:

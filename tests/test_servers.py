@@ -605,6 +605,26 @@ def test_a_second_ctrl_c_leaves_no_command(supervise: Callable[..., Supervisor])
     assert eventually(lambda: not lives(supervisor.command))
 
 
+def test_a_signal_while_the_command_starts_leaves_no_command() -> None:
+    require("redis")
+    code = (
+        "import os, signal, subprocess, servers\n"
+        "start = subprocess.Popen.__init__\n"
+        "def interrupted(self, command, **options):\n"
+        "    start(self, command, **options)\n"
+        f"    if command == {SLEEPER}:\n"
+        "        print(self.pid, flush=True)\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "subprocess.Popen.__init__ = interrupted\n"
+        f"raise SystemExit(servers.main(['run', '--only', 'redis', '--', *{SLEEPER}]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=SCRIPT.parent, stdout=subprocess.PIPE, timeout=60
+    )
+    assert done.returncode == 128 + signal.SIGTERM
+    assert not psutil.pid_exists(int(done.stdout))
+
+
 def test_a_sigkill_of_the_command_ends_everything(supervise: Callable[..., Supervisor]) -> None:
     supervisor = supervise("redis")
     supervisor.command.kill()
