@@ -42,6 +42,7 @@ import servers
 if TYPE_CHECKING:
     from running import Recorded
 
+DOCS = ROOT / "docs"
 LINKING = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 README_BYTES = 5_300  # a beginner reads it whole
 BLOCKS = all_blocks()
@@ -206,8 +207,18 @@ def prose(page: Path) -> str:
 
 def anchors(page: Path) -> set[str]:
     """The headings of a page as GitHub links them."""
-    headings = re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return {slug(heading) for heading in re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE)}
+
+
+def slug(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def chapter(page: Path, anchor: str) -> str:
+    """A heading and what stands under it, up to the next one."""
+    parts = re.split(r"^(?=##+ )", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    (found,) = (part for part in parts if slug(part.partition("\n")[0].lstrip("# ")) == anchor)
+    return found
 
 
 @pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
@@ -232,14 +243,33 @@ def test_guide_has_a_chapter_for_each_demo(script: Path) -> None:
         assert f"`--only {name.removeprefix('demo_')}`" in chapters[title]
 
 
-RATIO = re.compile(r"([\d.]+)× (?:speed |time )?\(([\d.]+–[\d.]+)\)")
+# ── Figures ─────────────────────────────────────────────────────────────────────────
+
+# Where a sentence or a cell that says "(bench" or "(sums" has its figures from.
+MEASURED = {"bench": DOCS / "BENCHMARKS.md", "sums": ROOT / "benchmarks" / "records" / "sums.txt"}
+NUMBER = re.compile(r"(?<![\w.,])\d[\d.,]*(?<![.,])")
+WITH_RANGE = re.compile(r"([\d.,]+×?)(?: speed| time)?\s+\(?([\d.,]+–[\d.,]+)")
+
+
+def recorded(pattern: re.Pattern[str]) -> set[object]:
+    files = (file.read_text(encoding="utf-8") for file in MEASURED.values())
+    return {found for text in files for found in pattern.findall(text)}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_a_ratio_with_its_range_is_in_the_benchmarks(page: Path) -> None:
-    measured = RATIO.findall((ROOT / "docs" / "BENCHMARKS.md").read_text(encoding="utf-8"))
-    stated = RATIO.findall(page.read_text(encoding="utf-8"))
-    assert [ratio for ratio in stated if ratio not in measured] == []
+def test_figures_of_a_measurement_are_in_its_record(page: Path) -> None:
+    text = prose(page)
+    assert set(WITH_RANGE.findall(text)) <= recorded(WITH_RANGE)
+    said = re.findall(rf"((?:(?![.:;]\s|\n\n)[^|])+)\((?:{'|'.join(MEASURED)})\b", text)
+    assert set(NUMBER.findall(" ".join(said))) <= recorded(NUMBER)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_figures_in_a_link_are_in_the_chapter_it_leads_to(page: Path) -> None:
+    links = re.findall(r"\[([^\[\]]+)\]\(([\w.-]*\.md)?#([\w-]+)\)", prose(page))
+    for text, file, anchor in links:
+        said = file + chapter(page.parent / (file or page.name), anchor)
+        assert set(NUMBER.findall(text)) <= set(NUMBER.findall(said)), text
 
 
 # ── Commands ────────────────────────────────────────────────────────────────────────
