@@ -709,10 +709,18 @@ def serve(only: Sequence[str], command: Sequence[str]) -> int:
 
 def _run(command: Sequence[str], urls: Mapping[str, str]) -> int:
     heed = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, SIGNALS)
+
+    def begin() -> None:  # in the child: a Ctrl-C that comes before CMD runs ends it
+        for signum in SIGNALS:
+            if callable(signal.getsignal(signum)):
+                signal.signal(signum, signal.SIG_DFL)
+        heed()
+
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until a `finally` knows the child
     try:
-        child = subprocess.Popen(command, env={**os.environ, **urls}, preexec_fn=heed)
+        child = subprocess.Popen(command, env={**os.environ, **urls}, preexec_fn=begin)
     except OSError as error:
+        heed()
         _say(f"servers.py: {command[0]}: {error.strerror}")
         return EXIT_NOT_FOUND
     try:
