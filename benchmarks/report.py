@@ -77,7 +77,7 @@ were printed, lines that look bad included.
 REPEAT = """\
 ## How to repeat it
 
-<!-- not run: twelve minutes on an idle machine; tests assert no time -->
+<!-- not run: it took {minutes} minutes; tests assert no time -->
 ```sh
 make bench
 ```
@@ -109,7 +109,8 @@ def page(records: Mapping[str, Record], expected: Sequence[str]) -> str:
     """The whole of it; what is `expected` and has no record is named."""
     parts = [HEAD, overview(records, expected), goals_missed(records), machines(records)]
     parts += [chapter(record) for record in records.values()]
-    parts.append(REPEAT.format(first=next(iter([*records, *expected]))))
+    minutes = round(sum(record["elapsed_s"] for record in records.values()) / 60)
+    parts.append(REPEAT.format(first=next(iter([*records, *expected])), minutes=minutes))
     return "\n".join(parts)
 
 

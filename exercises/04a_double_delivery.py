@@ -9,9 +9,9 @@ Change `Wallets`. It may keep in the database what it likes. A deposit has its o
 and keeps it when it is published again.
 
 Judged: the consumer is killed before and after each call of the database, and before its ack, and
-a new one goes on; a second consumer may handle the same message at any step. Then each deposit
-counts once: none twice, and none is missing. Two deposits of the same amount to the same wallet are
-two.
+a new one goes on; a second consumer may handle the same message at any step, and a call of the
+database may fail. Then each deposit counts once: none twice, and none is missing. Two deposits of
+the same amount to the same wallet are two.
 """
 
 from __future__ import annotations

@@ -210,8 +210,8 @@ def judged(promise: Promise, evidence: Evidence) -> Verdict:
     tests: dict[int, Test] = {}
     for pattern in promise.tests:
         found = {id(t): t for t in evidence.tests if fnmatchcase(t.id, pattern)}
-        ran = {test.id for test in found.values() if test.outcome != "skipped"}
         named = {test.id for test in found.values()}
+        ran = named - {test.id for test in found.values() if test.outcome == "skipped"}
         named |= {test_id for test_id in written_tests() if fnmatchcase(test_id, pattern)}
         if not named:
             gaps.append(f"tests: none matches `{pattern}`")

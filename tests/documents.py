@@ -52,7 +52,7 @@ BLOCK = re.compile(
     r"```(?P<language>\w*)\n(?P<code>(?:(?!```).*\n)*)```$",
     re.MULTILINE,
 )
-COMMAND_TIMEOUT_S = 120.0
+COMMAND_TIMEOUT_S = 600.0  # pip's downloads among them, on a busy machine
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ zero; a commit between the stock and the promise; an UPDATE of all products.
 """
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -67,7 +68,10 @@ def outcome(exercise: ModuleType, engine: sa.Engine) -> tuple[int, dict[str, int
     with Session(engine) as session:
         stock = session.get_one(exercise.Product, 1).stock
         rows = session.scalars(sa.select(exercise.Reservation)).all()
-        return stock, {row.customer: row.quantity for row in rows}
+        promised: Counter[str] = Counter()
+        for row in rows:
+            promised[row.customer] += row.quantity
+        return stock, dict(promised)
 
 
 def if_killed(exercise: ModuleType, engine: sa.Engine) -> list[tuple[int, dict[str, int]]]:

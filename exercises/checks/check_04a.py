@@ -3,24 +3,25 @@
 Refused: `redelivered` taken for "handled before"; the note in a transaction of its own, before
 the credit (a kill between the two loses it) or behind it (a kill doubles it); a note that is looked
 up first and written later, between which another consumer comes; deposits known by wallet and
-amount, of which two may be equal.
+amount, of which two may be equal; the last id of a wallet alone; an id in memory, or an error that
+is swallowed, where the database fails once.
 """
 
 import importlib
 import sqlite3
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace, TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, TypeVar
 
 from checks import Wrong
 
 T = TypeVar("T")
 
-DEPOSITS = [("a1", "ann", 100), ("b1", "bob", 250), ("a1", "ann", 100), ("a2", "ann", 100)]
+DEPOSITS = [("a1", "ann", 100), ("b1", "bob", 250), ("a2", "ann", 100), ("a1", "ann", 100)]
 BALANCES = {"ann": 200, "bob": 250}
 
 
@@ -33,8 +34,8 @@ class Steps:
 
     def __init__(self, kill_at: int) -> None:
         self._kill_at, self.count, self.what = kill_at, 0, "never killed"
-        self.rival_at = -1
-        self.rival: Callable[[], object] | None = None
+        self.happens_at = -1
+        self.happens: Callable[[], object] | None = None
 
     def step(self, what: str, effect: Callable[[], T]) -> T:
         self._kill(f"before {what}")
@@ -44,19 +45,25 @@ class Steps:
 
     def _kill(self, what: str) -> None:
         self.count += 1
-        if self.rival and self.count - 1 == self.rival_at:
-            self.what = f"{what} of the first"
-            self.rival()
+        if self.happens and self.count - 1 == self.happens_at:
+            self.what = what
+            self.happens()
         if self.count - 1 == self._kill_at:
             self.what = f"killed {what}, then another one"
             raise Killed
 
 
 class Database:
-    """A connection whose every call is a step."""
+    """A connection, or a cursor of it, whose every call is a step."""
 
-    def __init__(self, connection: sqlite3.Connection, steps: Steps) -> None:
-        self._connection, self._steps = connection, steps
+    def __init__(self, connection: Any, steps: Steps) -> None:
+        self.__dict__.update(_connection=connection, _steps=steps)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(self._connection, name, value)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._connection)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._connection, name)
@@ -65,7 +72,8 @@ class Database:
 
         def called(*args: Any, **options: Any) -> Any:
             text = " ".join(str(args[0]).split()[:3]) if args else ""
-            return self._steps.step(f"{name}({text})", lambda: found(*args, **options))
+            done = self._steps.step(f"{name}({text})", lambda: found(*args, **options))
+            return Database(done, self._steps) if name == "cursor" else done
 
         return called
 
@@ -119,11 +127,11 @@ def run(exercise: ModuleType, kill_at: int) -> tuple[Steps, dict[str, int]]:
             return steps, balances(path)
 
 
-def run_two(exercise: ModuleType, rival_at: int) -> tuple[Steps, dict[str, int]]:
-    """One deposit, which comes to two consumers; the second handles it at a step of the first."""
+def run_one(exercise: ModuleType, at: int, fails: bool) -> tuple[Steps, dict[str, int]]:
+    """One deposit. At a step of its consumer the database fails, or another consumer has it."""
     script = importlib.import_module("04_rabbitmq_messaging")
     message = script.Message("deposit", {"wallet": "ann", "cents": 100}, message_id="a1")
-    delivery = SimpleNamespace(body=message.encode())
+    delivery = script.Delivery(1, message.encode(), None, redelivered=False, channel=None)
     with tempfile.TemporaryDirectory() as home:
         path = Path(home) / "wallets.sqlite"
         with (
@@ -133,7 +141,7 @@ def run_two(exercise: ModuleType, rival_at: int) -> tuple[Steps, dict[str, int]]
             rival = exercise.Wallets(second)
             steps = Steps(-1)
             handler = exercise.Wallets(Database(first, steps))
-            steps.count, steps.rival_at = 0, rival_at
+            steps.count, steps.happens_at = 0, at
 
             def come() -> None:
                 try:
@@ -141,13 +149,17 @@ def run_two(exercise: ModuleType, rival_at: int) -> tuple[Steps, dict[str, int]]
                 except sqlite3.OperationalError:  # locked: it comes again, after the first
                     second.rollback()
 
-            steps.rival = come
+            def fail() -> None:
+                raise sqlite3.OperationalError("disk I/O error")
+
+            steps.happens = fail if fails else come
             try:
                 handler(delivery)
             except sqlite3.Error:  # not acked: it comes again
                 first.rollback()
                 handler(delivery)
-            rival(delivery)
+            if not fails:
+                rival(delivery)
         return steps, balances(path)
 
 
@@ -160,11 +172,13 @@ def check(exercise: ModuleType) -> None:
             call = f"Wallets, given (message_id, wallet, cents) {DEPOSITS}, {steps.what}"
             raise Wrong(call, f"cents by wallet: {BALANCES}", found)
         kill_at += 1
-    step, count = 0, 1
-    while step < count:
-        steps, found = run_two(exercise, step)
-        count = max(count, steps.count)
-        if found != {"ann": 100}:
-            call = f"one deposit of 100, given to two Wallets: the second comes {steps.what}"
-            raise Wrong(call, "cents by wallet: {'ann': 100}", found)
-        step += 1
+    for fails in (False, True):
+        step, count = 0, 1
+        while step < count:
+            steps, found = run_one(exercise, step, fails)
+            count = max(count, steps.count)
+            if found != {"ann": 100}:
+                comes = "the database fails once," if fails else "a second Wallets handles it, too,"
+                call = f"one deposit of 100; {comes} {steps.what}"
+                raise Wrong(call, "cents by wallet: {'ann': 100}", found)
+            step += 1

@@ -9,7 +9,7 @@ from typing import Any
 from checks import Wrong
 
 KINDS = {  # chances of a purchase: without a letter, with it
-    "sure": (0.90, 0.92), "gone": (0.02, 0.03), "wavering": (0.20, 0.45), "offended": (0.60, 0.40),
+    "sure": (0.85, 0.97), "gone": (0.02, 0.03), "wavering": (0.20, 0.45), "offended": (0.60, 0.40),
     "half sure": (0.50, 0.60),
 }  # fmt: skip
 EACH, AT_MOST, SEEDS = 2, (1, 3, 10), range(5)

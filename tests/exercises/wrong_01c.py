@@ -9,12 +9,27 @@ READ = """    product = session.get_one(Product, product_id)
     if product.stock < quantity:
         return False
 """
+PROMISED_EACH_TIME = """    with session.no_autoflush:
+        while True:
+            seen = session.scalar(sa.select(Product.stock).where(Product.id == product_id))
+            if seen < quantity:
+                session.rollback()
+                return False
+            session.add(
+                Reservation(product_id=product_id, customer=customer, quantity=quantity)
+            )
+            swap = sa.update(Product).where(Product.id == product_id, Product.stock == seen)
+            if session.execute(swap.values(stock=seen - quantity)).rowcount == 1:
+                session.commit()
+                return True
+"""
 
 WRONG = {
     "read-again": [(TAKE, f"{READ}    session.refresh(product)\n{WRITE}")],
     "for-update": [(TAKE, READ.replace("_id)", "_id, with_for_update=True)") + WRITE)],
     "no-condition": [(", Product.stock >= quantity", "")],
     "two-commits": [("    reservation = ", "    session.commit()\n    reservation = ")],
+    "promised-each-time": [(TAKE, PROMISED_EACH_TIME)],
     "all-products": [("Product.id == product_id, ", "")],
 }
 

@@ -14,5 +14,6 @@ WRONG = {
     "the least promising first": [
         ("    return worth_it[:at_most]", "    return worth_it[:at_most][::-1]"),
     ],
+    "nobody who often buys": [("in customers}", "in customers if customer.buys_without < 0.6}")],
     "also where it does not pay": [("if gain > 0", "if gain < 10_000")],
 }  # fmt: skip
