@@ -2,7 +2,7 @@
 a row, a document, a cached value and an index are.
 
 Run:
-  python servers.py run -- python benchmarks/sums.py > benchmarks/records/sums.txt
+  python servers.py run -- python benchmarks/sums.py > benchmarks/records/sums.txt 2>&1
 
 One writer, one write at a time: what a caller waits for, not what a server can take. It starts a
 Redis of its own, which writes to disk; the others come from the environment.

@@ -1,7 +1,7 @@
 """docker-compose.yml, .env.example, .devcontainer/ and the tests' containers agree.
 
 The files are read as Docker Compose and python-dotenv read them; that the stack they describe
-works takes a Docker daemon, and is the first command of the README.
+works takes a Docker daemon.
 """
 
 from __future__ import annotations

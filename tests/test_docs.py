@@ -261,7 +261,7 @@ def test_figures_of_a_measurement_are_in_its_record(page: Path) -> None:
     records = "".join(part for name in MEASURED for part in chapters_of(name))
     assert set(WITH_RANGE.findall(text)) <= set(WITH_RANGE.findall(records))
     sources = "|".join(MEASURED)
-    for said, source in re.findall(rf"((?:(?![.:;]\s|\n\n)[^|])+?)\(({sources})\b", text):
+    for said, source in re.findall(rf"((?:(?!\.\s|\n\n)[^|])+?)\(({sources})\b", text):
         numbers = set(NUMBER.findall(said))
         assert any(numbers <= set(NUMBER.findall(part)) for part in chapters_of(source)), said
 
