@@ -57,18 +57,45 @@ class ClusterNode(servers.Redis):
         return [*super()._command(), "--cluster-enabled", "yes"]
 
 
+class Standalone(servers.Mongo):
+    """Of no replica set, and without users."""
+
+    name = "standalone"
+    url_form = "mongodb://127.0.0.1:{port}/?directConnection=true"
+    _has_user = True
+
+    def _command(self) -> list[str]:
+        command = super()._command()
+        at = command.index("--replSet")  # rs0 --keyFile FILE
+        return command[:at] + command[at + 4 :]
+
+
+class ShortOfMemory(servers.RabbitMQ):
+    """By its own measure: its alarm is on from the start."""
+
+    name = "short"
+
+    def _command(self) -> list[str]:
+        command = super()._command()
+        with (self.home / "rabbitmq.conf").open("a") as settings:
+            settings.write("vm_memory_high_watermark.absolute = 1MB\n")
+        return command
+
+
 @pytest.fixture(scope="module")
 def own() -> Iterator[Own]:
-    """One server of each kind, and a Redis that is the only node of a cluster."""
+    """One server of each kind, and one of each that is set up in a way of its own."""
     try:
         with servers.running("postgres", "mongo", "redis", "rabbitmq") as started:
             run = servers.RunDirectory()
             with closing(run):
-                node = ClusterNode(run, ClusterNode.find())
-                node.start()
-                with redis_client(node.url) as client:
+                kinds = (ClusterNode, Standalone, ShortOfMemory)
+                set_up = {kind.name: kind(run, kind.find()) for kind in kinds}
+                for node in set_up.values():
+                    node.start()
+                with redis_client(set_up["cluster"].url) as client:
                     client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-                yield {**started, "cluster": node}
+                yield {**started, **set_up}
     except servers.ServerUnavailable as unavailable:
         missing(unavailable)
 
@@ -250,10 +277,10 @@ def _(own: Own) -> None:
 # ── MongoDB ─────────────────────────────────────────────────────────────────────────
 
 
-def mongo(own: Own, **options: Any) -> Any:
+def mongo(own: Own, name: str = "mongo", **options: Any) -> Any:
     """A collection with one document."""
     patience: dict[str, Any] = {"serverSelectionTimeoutMS": WAIT_S * 1000}
-    client: Any = pymongo.MongoClient(own["mongo"].url, **(patience | options))
+    client: Any = pymongo.MongoClient(own[name].url, **(patience | options))
     client.app.drop_collection("account")
     client.app.account.insert_one({"_id": 1, "n": 0})
     return client.app.account
@@ -271,6 +298,13 @@ def _(own: Own) -> None:
         found.find_one({"_id": 1}, session=ours)
         found.update_one({"_id": 1}, {"$inc": {"n": 1}})
         found.update_one({"_id": 1}, {"$inc": {"n": 1}}, session=ours)
+
+
+@says("Transaction numbers are only allowed on a replica set member or mongos")
+def _(own: Own) -> None:
+    found = mongo(own, "standalone")
+    with found.database.client.start_session() as session, session.start_transaction():
+        found.find_one({}, session=session)
 
 
 @says("Document failed validation")
@@ -379,6 +413,21 @@ def _(own: Own) -> None:
     client.lpush("key", 1)
 
 
+@says("MISCONF … is configured to save RDB snapshots")
+def _(own: Own) -> None:
+    client = root(own)
+    in_the_way = own["redis"].home / "dump.rdb"
+    in_the_way.mkdir()
+    client.config_set("save", "3600 1")
+    try:
+        client.bgsave()
+        until(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err")
+        client.set("key", "value")
+    finally:
+        in_the_way.rmdir()
+        client.config_set("save", "")
+
+
 @says("Timeout reading from …")
 def _(own: Own) -> None:
     client = redis.Redis.from_url(own["redis"].url, socket_timeout=0.2, retry=Retry(NoBackoff(), 0))
@@ -463,6 +512,15 @@ def _(own: Own) -> None:
     channel = channel_of(own)
     own["rabbitmq"].stop()
     channel.connection.process_data_events(WAIT_S)
+
+
+@says("Blocked connection timeout expired.")
+def _(own: Own) -> None:
+    parameters = pika.URLParameters(own["short"].url)
+    parameters.blocked_connection_timeout = 0.2
+    connection = pika.BlockingConnection(parameters)
+    connection.channel().basic_publish("", "nowhere", b"")
+    connection.process_data_events(WAIT_S)
 
 
 @says("Stream connection lost: …")
