@@ -7,9 +7,10 @@ rendering has ended. On a quiet day nobody notices.
 
 Change `PageCache` so that one caller renders a key and the others wait for what he gets.
 
-Judged: 200 threads ask for one key, and it is rendered once. A page of another key is not kept
-waiting meanwhile. Where rendering fails, all who wait get the error, and who asks later renders
-again. A page lives for `ttl_s`, by the `clock` that the cache is given.
+Judged: 200 threads ask for one key, and it is rendered once; or two, the second while the first is
+at any line of `get`. A page of another key is not kept waiting meanwhile. Where rendering fails,
+all who wait get the error, and who asks later renders again. A page lives for `ttl_s`, by the
+`clock` that the cache is given; after that nobody gets it, also where rendering fails.
 """
 
 import threading

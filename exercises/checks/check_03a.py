@@ -1,12 +1,14 @@
 """One rendering for all who wait, whatever becomes of it; and no waiting for other keys."""
 
+import itertools
 import threading
 from concurrent.futures import Future
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 from checks import Wrong
-from checks.threads import GRACE_S, WAIT_S, answer, start, until
+from checks.threads import GRACE_S, WAIT_S, answer, overtaken, start, until
 
 CALLERS, FEW = 200, 20
 TTL_S = 60.0
@@ -67,8 +69,11 @@ def check(exercise: ModuleType) -> None:
         if render.begun != expected:
             again = f"cache.get('home', render), a second {when} the end of its ttl_s"
             raise Wrong(again, f"{expected} renderings in all", f"{render.begun} renderings")
-    other_keys(exercise.PageCache())
+    now_s = 3 * TTL_S
+    errors(cache)
     errors(exercise.PageCache())
+    other_keys(exercise.PageCache())
+    two_callers(exercise)
 
 
 def other_keys(cache: Any) -> None:
@@ -86,18 +91,34 @@ def other_keys(cache: Any) -> None:
         raise Wrong(call, quick.page, page)
 
 
+def two_callers(exercise: ModuleType) -> None:
+    # Refuses two steps between which the second finds neither page nor flight: a look for the one,
+    # then for the other; and a flight that is ended before the page is stored.
+    for nth in itertools.count():
+        render = Rendering()
+        render.release()
+        ask, call = partial(exercise.PageCache().get, "home", render), "cache.get('home', render)"
+        line = overtaken(exercise, nth, ask, ask, call)
+        if not line:
+            return
+        if render.begun != 1:
+            call = f"{call}, by a second thread while the first is before line {line}"
+            raise Wrong(call, "1 rendering", f"{render.begun} renderings")
+
+
 def errors(cache: Any) -> None:
     # Refuses the flight that does not end where rendering fails, and a lock a key, by which each
-    # who waits renders again, after the one before. Half may: who comes late finds no flight.
-    call = f"{FEW} threads at once: cache.get('home', render), which raises SourceDown"
+    # who waits renders again, after the one before. Half may: who comes late finds no flight. And
+    # the page whose time is over, for who waits, or instead of the error.
+    call = f"{FEW} threads at once, no fresh page: cache.get('home', render) raises SourceDown"
     failing = Rendering(fails=True)
     for found in [answer(one, call, (SourceDown,)) for one in crowd(cache, failing, FEW)]:
         if not isinstance(found, SourceDown):
             raise Wrong(call, "SourceDown for each", found)
     if failing.begun > FEW // 2:
         raise Wrong(call, "1 rendering", f"{failing.begun} renderings")
-    later, call = Rendering(), "cache.get('home', render), after a rendering that failed"
+    later, call = Rendering(page="later"), "cache.get('home', render), after one that failed"
     later.release()
     found = answer(start(cache.get, "home", later), call, (SourceDown,))
-    if found != "the page":
-        raise Wrong(call, "'the page'", found)
+    if found != later.page:
+        raise Wrong(call, repr(later.page), found)

@@ -37,5 +37,28 @@ WRONG = {
         ("            self._pages[key] =", "            self._pages[''] ="),
         ("self._pages.get(key,", "self._pages.get('',"),
     ],
+    "a look for the page, and one for the flight": [
+        ("            flight = self._flights", "        with self._lock:\n"
+         "            flight = self._flights"),
+    ],
+    "a flight that ends before its page is stored": [
+        ("            self._pages[key] = page, self._clock() + self._ttl_s\n"
+         "            del self._flights[key]\n",
+         "            del self._flights[key]\n        with self._lock:\n"
+         "            self._pages[key] = page, self._clock() + self._ttl_s\n"),
+    ],
+    "an old page for who waits": [
+        ("return self._fly(key, render, mine) if",
+         "if flight is not mine and key in self._pages:\n"
+         "            return self._pages[key][0]\n"
+         "        return self._fly(key, render, mine) if"),
+    ],
+    "an old page instead of the error": [
+        ("            flight.set_exception(error)\n",
+         "            if key in self._pages:\n"
+         "                flight.set_result(self._pages[key][0])\n"
+         "                return flight.result()\n"
+         "            flight.set_exception(error)\n"),
+    ],
     "pages that never end": [("if self._clock() < fresh_until", "if page")],
 }  # fmt: skip
