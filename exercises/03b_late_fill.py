@@ -8,9 +8,9 @@ busy collecting garbage between the answer of the database and the line that sto
 Change `PriceCache` so that nobody stores what he read before an invalidation.
 
 Judged: after a change and its invalidation, the cache never gives the old price, whoever was
-loading it meanwhile, and however many loads are under way. `invalidate` does not wait for a load. A
-price that was loaded after the invalidation is kept: the next call is a hit. The slow caller
-himself may get the old price: he asked before the change.
+loading it meanwhile, at whichever line, and however many loads are under way. `invalidate` does not
+wait for a load. A price that was loaded after the invalidation is kept: the next call is a hit. The
+slow caller himself may get the old price: he asked before the change.
 """
 
 import threading

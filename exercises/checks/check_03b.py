@@ -1,12 +1,14 @@
 """Old prices are not stored, in any order of two loads; and hits are hits."""
 
+import itertools
 import threading
 from concurrent.futures import Future
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 from checks import Wrong
-from checks.threads import WAIT_S, answer, start, until
+from checks.threads import WAIT_S, answer, overtaken, start, until
 
 OLD, NEW, COFFEE = 1_000, 4_200, 800
 
@@ -49,6 +51,7 @@ def check(exercise: ModuleType) -> None:
     one_load(exercise.PriceCache(), Database())
     for first in ("old", "new"):
         two_loads(exercise.PriceCache(), Database(), first)
+    at_each_line(exercise)
 
 
 def get(
@@ -82,11 +85,31 @@ def two_loads(cache: Any, database: Database, first: str) -> None:
     for slow in (old, new) if first == "old" else (new, old):
         slow.end()
     when = f"after loads of {OLD} and {NEW}; the {first} one ended first"
+    asked = database.asked
     get(cache, database, when)
-    if database.asked != 2:
-        raise Wrong(
-            f"cache.get('tea', load), {when}", "a hit: 2 loads in all", f"{database.asked} loads"
-        )
+    if database.asked != asked:
+        raise Wrong(f"cache.get('tea', load), {when}", "a hit: no load", "another load")
+
+
+def at_each_line(exercise: ModuleType) -> None:
+    # Refuses two steps where one is needed: in `get` the look at the lease, then the fill; in
+    # `invalidate` the price, then the lease.
+    for nth in itertools.count():
+        cache, database = exercise.PriceCache(), Database()
+        load, rival = partial(cache.get, "tea", database.load), partial(change, cache, database)
+        line = overtaken(exercise, nth, load, rival, "cache.get('tea', load)")
+        if not line:
+            break
+        get(cache, database, f"after an invalidation while another get was before line {line}")
+    for nth in itertools.count():
+        cache, database = exercise.PriceCache(), Database()
+        slow, database.price = SlowLoad(cache, database), NEW
+        invalidate = partial(cache.invalidate, "tea")
+        line = overtaken(exercise, nth, invalidate, slow.end, "cache.invalidate('tea')")
+        slow.end()
+        if not line:
+            break
+        get(cache, database, f"after a load of {OLD} ended while invalidate was before line {line}")
 
 
 def hits(cache: Any, database: Database) -> None:

@@ -26,4 +26,24 @@ WRONG = {
     ],
     "invalidate empties the cache": [("self._prices.pop(product, None)", "self._prices.clear()")],
     "nothing is ever kept": [("if price is not None:", "if price is None:")],
+    "looked at, then stored": [
+        ("                if self._leases.get(product) is lease:\n"
+         "                    del self._leases[product]\n",
+         "                is_valid = self._leases.get(product) is lease\n"
+         "            with self._lock:\n"
+         "                if is_valid:\n"),
+    ],
+    "first the price is deleted, then the lease": [
+        ("            self._leases.pop(product, None)\n",
+         "        with self._lock:\n            self._leases.pop(product, None)\n"),
+    ],
+}  # fmt: skip
+
+RIGHT = {
+    "an old price is loaded again": [
+        ("            return price\n",
+         "            if self._leases.get(product) is lease:\n"
+         "                return price\n"
+         "            return self.get(product, load)\n"),
+    ],
 }  # fmt: skip
