@@ -8,10 +8,11 @@ minute with more than 100.
 Change `RateLimit` so that in no span of `window_s` seconds, wherever it begins, more than `limit`
 calls are allowed.
 
-Judged: by a clock of the check's own, and 2,000 calls at random times. No span holds more than
-`limit`, and a call is refused only where one more would be too many: fewer than promised is as
-wrong as more. Exactly `window_s` after a call, either answer passes. A refused call does not count.
-What is kept in memory does not grow with the calls. Threads are not judged.
+Judged: by a clock of the check's own, and 2,000 calls at random times, also for another limit and
+window. No span holds more than `limit`, and a call is refused only where one more would be too
+many: fewer than promised is as wrong as more. Exactly `window_s` after a call, either answer
+passes. A refused call does not count. What is kept in memory does not grow with the calls, allowed
+or refused. Threads are not judged.
 """
 
 import threading
