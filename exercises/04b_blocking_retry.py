@@ -10,9 +10,9 @@ Change `TaxHandler`. The consumer of script 04 runs it over a topology with a de
 step of `RETRY`, and a dead-letter queue.
 
 Judged, by a clock that only waiting moves on: orders behind a failing one are handled before its
-second attempt; its attempts come at the steps of `RETRY`, one delivery each; after the last one,
-and where the order itself is bad, it is a dead letter; and no thread of the handler's is
-left running.
+second attempt; its attempts come at the steps of `RETRY`, one delivery each; after the last one, it
+is a dead letter, and at once where the order itself is bad, or the tax service answers anything
+else; and no thread of the handler's is left running.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Runs script 04's consumer and broker in memory by a clock that nothing but `time.sleep` moves on.
 
 Refused: shorter waits in the handler; the error raised as it is, which is a dead letter at once;
-Transient for each error, which retries a bad order; a timer in a thread, whose order is acked
-before it is handled, and lost by a kill.
+Transient for each error, which retries a bad order, or one that the service does not know; a timer
+in a thread, whose order is acked before it is handled, and lost by a kill.
 """
 
 import importlib
@@ -16,10 +16,14 @@ from unittest import mock
 
 from checks import Wrong
 
-BAD, ILL, DEAD, LATE, WELL = 1, 2, 3, 4, (5, 6, 7)  # numbers of orders, as published
+BAD, ILL, DEAD, LATE, WELL, UNKNOWN = 1, 2, 3, 4, (5, 6, 7), 8  # numbers, as published
 FAILURES = {ILL: 2, DEAD: 99, LATE: 4}  # answers of 503, before one that is well
 WAITS_S = {ILL: [1.0, 2.0], DEAD: [1.0, 2.0, 4.0, 8.0], LATE: [1.0, 2.0, 4.0, 8.0]}
 END_S, CLOSE_S = 60.0, 0.1  # the consumer looks 500 times a second
+
+
+class NoSuchOrder(Exception):
+    """The tax service answers 404, and always will."""
 
 
 class Clock:
@@ -49,6 +53,8 @@ class World:
         self.tried.setdefault(number, []).append(self._clock.now_s)
         attempt = len(self.tried[number])
         self.events.append(f"attempt {attempt} of order {number}")
+        if number == UNKNOWN:
+            raise NoSuchOrder(number)
         if attempt <= FAILURES.get(number, 0):
             raise unavailable("503 Service Unavailable")
         return 19 * number
@@ -70,7 +76,7 @@ def played(exercise: ModuleType) -> tuple[World, dict[int, int]]:
     def handler(delivery: Any) -> None:
         try:
             tax_handler(delivery)
-        except (exercise.Unavailable, script.Transient, script.PoisonMessage):
+        except (exercise.Unavailable, script.Transient, script.PoisonMessage, NoSuchOrder):
             raise
         except Exception as error:
             world.errors.append(error)
@@ -80,7 +86,7 @@ def played(exercise: ModuleType) -> tuple[World, dict[int, int]]:
         link, contract = stack.enter_context(
             script.declared(broker, "exercise.", retry=exercise.RETRY)
         )
-        for number in (BAD, ILL, DEAD, LATE, *WELL):
+        for number in (BAD, ILL, DEAD, LATE, *WELL, UNKNOWN):
             payload = {"number": number, "cents": 0 if number == BAD else 1_000}
             message = script.Message("order", payload)
             script.Producer(link).publish(script.Outgoing.of(message, contract.queue))
@@ -115,8 +121,9 @@ def check(exercise: ModuleType) -> None:
 
 
 def judge(world: World, dead: dict[int, int]) -> None:
-    orders = f"orders {BAD} to {WELL[-1]}"
-    call = f"TaxHandler, given {orders}; the tax service fails for {ILL}, {DEAD} and {LATE}"
+    orders = f"orders {BAD} to {UNKNOWN}"
+    service = f"the tax service fails for {ILL}, {DEAD} and {LATE}, and does not know {UNKNOWN}"
+    call = f"TaxHandler, given {orders}; {service}"
     late = [event for event in world.events if event.startswith("attempt 2")]
     if late:
         before = world.events[: world.events.index(late[0])]
@@ -136,5 +143,5 @@ def judge(world: World, dead: dict[int, int]) -> None:
     booked = [(number, 19 * number) for number in (ILL, LATE, *WELL)]
     if sorted(world.booked) != booked:
         raise Wrong(call, f"booked, with their taxes: {booked}", sorted(world.booked))
-    if dead != (right := {BAD: 0, DEAD: 4}):
+    if dead != (right := {BAD: 0, DEAD: 4, UNKNOWN: 0}):
         raise Wrong(call, f"dead letters, and retries before: {right}", dead)

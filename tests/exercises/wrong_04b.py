@@ -31,6 +31,7 @@ WRONG = {
     "shorter-waits": [(ASK, SHORT_WAITS)],
     "error-as-it-is": [(TRANSIENT, "raise")],
     "retries-a-bad-order": [("raise messaging.PoisonMessage", "raise messaging.Transient")],
+    "retries-each-error-of-the-service": [("except Unavailable", "except Exception")],
     "booked-twice": [(BOOK, BOOK * 2)],
     "gives-up-silently": [(TRANSIENT, "return")],
     "poison": [("raise messaging.Transient", "raise messaging.PoisonMessage")],
