@@ -1,9 +1,10 @@
 """Relays over script 04's broker in memory, through a channel that fails as RabbitMQ's does.
 
-Refused: confirms without `mandatory`, where no queue is a confirm, too; the error caught, if only
-that of a lost connection, and the row deleted all the same; the error caught and the row kept, but
-the next one sent, which overtakes; messages counted that were not sent; the row deleted before it
-is published; a new `message_id` for each attempt.
+Refused: confirms without `mandatory`, where no queue is a confirm, too, also if one was there at
+the start; the error caught, if only that of a lost connection, and the row deleted all the same;
+the error caught and the row kept, but the next one sent, which overtakes; messages counted that
+were not sent; the row deleted before it is published, or by a `finally`, which a kill leaves out;
+a new `message_id` for each attempt.
 """
 
 import importlib
@@ -14,13 +15,13 @@ from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from pika import exceptions as amqp
 
 from checks import Wrong
 
-ORDERS = [1, 2, 3, 4]
+ORDERS = [1, 2, 3, 4, 5, 6]
 FAILING = 2  # the publish at which things happen, from 0
 RELAYS = 3  # after the one that went wrong
 
@@ -30,16 +31,23 @@ class Killed(BaseException):
 
 
 class Channel:
-    """Of pika's BlockingChannel what a relay uses. Publish number `fails_at` is nacked, or lost
-    where nobody asked for confirms; number `killed_at` ends the process, before it (even) or behind
-    it (odd, halved)."""
+    """Of pika's BlockingChannel what a relay uses. Publish number FAILING has the `failure`, if
+    any, which is told to who asked for it; number `killed_at` ends the process, and its connection
+    to the database, before it (even) or behind it (odd, halved)."""
 
     def __init__(
-        self, link: Any, fails_at: int = -1, killed_at: int = -1, lost: bool = False
+        self, link: Any, database: Any, failure: Exception | None = None, killed_at: int = -1
     ) -> None:
-        self._lost = lost
-        self._link, self._fails_at, self._killed_at = link, fails_at, killed_at
-        self._confirms, self._published, self.is_open = False, -1, True
+        self._link, self._database, self._failure = link, database, failure
+        self._confirms, self._published, self._killed_at = False, -1, killed_at
+        self.is_open = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._link, name)
+
+    def _kill(self) -> NoReturn:
+        self._database.close()  # no `finally` of the relay writes any more
+        raise Killed
 
     def channel(self) -> "Channel":
         return self
@@ -64,12 +72,11 @@ class Channel:
     ) -> None:
         self._published += 1
         if 2 * self._published == self._killed_at:
-            raise Killed
-        if self._published == self._fails_at and self._lost:
-            raise amqp.StreamLostError("the broker was restarted")
-        if self._published == self._fails_at:
-            if self._confirms:
-                raise amqp.NackError([])
+            self._kill()
+        if self._published == FAILING and (failure := self._failure):
+            asked = self._confirms and (mandatory or isinstance(failure, amqp.NackError))
+            if asked or isinstance(failure, amqp.StreamLostError):
+                raise failure
             return
         try:
             self._link.basic_publish(exchange, routing_key, body, properties, mandatory)
@@ -77,17 +84,20 @@ class Channel:
             if self._confirms:  # else the message comes back by a callback that nobody has set
                 raise
         if 2 * self._published + 1 == self._killed_at:
-            raise Killed
+            self._kill()
 
 
 class Relayed(NamedTuple):
     numbers: list[int]  # of orders, as they came
     ids: list[str]  # of their messages
     left: int  # rows in the outbox
-    told: int | str  # by the first relay
+    came: int  # by the first relay
+    told: int | str  # by it
 
 
-def relayed(exercise: ModuleType, is_declared: bool, first: Callable[[Any], Channel]) -> Relayed:
+def relayed(
+    exercise: ModuleType, is_declared: bool, first: Callable[[Any, Any], Channel]
+) -> Relayed:
     """By a relay over the channel that `first` gives, and some more, whose broker is well."""
     script = importlib.import_module("04_rabbitmq_messaging")
     broker, told = script.InMemoryBroker(), "an error"
@@ -103,35 +113,36 @@ def relayed(exercise: ModuleType, is_declared: bool, first: Callable[[Any], Chan
                     for number in ORDERS:
                         shop.place(number, 100 * number)
                     with suppress(Killed, Exception):  # left to the next relay
-                        told = shop.relay(first(link))
-                    link.queue_declare(exercise.QUEUE)
+                        told = shop.relay(first(link, database))
+                    came = link.queue_declare(exercise.QUEUE).method.message_count
                 else:
-                    shop.relay(Channel(link))
+                    shop.relay(Channel(link, database))
         with closing(sqlite3.connect(path)) as database:
             left = database.execute("SELECT COUNT(*) FROM outbox").fetchone()[0]
         messages = script.take_all(link, exercise.QUEUE)
     ids = [message.message_id for message in messages]
-    return Relayed([message.payload["number"] for message in messages], ids, left, told)
+    return Relayed([message.payload["number"] for message in messages], ids, left, came, told)
 
 
 def check(exercise: ModuleType) -> None:
     call = f"place() orders {ORDERS}, relay() ({{}}), relay() again"
     expected = f"orders {ORDERS} in the queue"
-    nacked, lost = (partial(Channel, fails_at=FAILING, lost=lost) for lost in (False, True))
-    cases: dict[str, tuple[bool, Callable[[Any], Channel], int]] = {
-        "all well": (True, Channel, len(ORDERS)),
-        "a nack for its third message": (True, nacked, FAILING),
-        "the connection lost at its third message": (True, lost, FAILING),
-        "the queue declared only afterwards": (False, Channel, 0),
+    cases: dict[str, tuple[bool, Exception | None]] = {
+        "all well": (True, None),
+        "a nack for its third message": (True, amqp.NackError([])),
+        "the connection lost at its third message": (True, amqp.StreamLostError("restarted")),
+        "no queue for its third message": (True, amqp.UnroutableError([])),
+        "the queue declared only afterwards": (False, None),
     }
-    for what, (is_declared, first, confirmed) in cases.items():
-        found, _, left, told = relayed(exercise, is_declared, first)
+    for what, (is_declared, failure) in cases.items():
+        first = partial(Channel, failure=failure)
+        found, _, left, came, told = relayed(exercise, is_declared, first)
         if found != ORDERS:
             raise Wrong(call.format(what), expected, f"orders {found}")
         if left:
             raise Wrong(call.format(what), "0 rows left in the outbox", f"{left} rows")
-        if told not in (confirmed, "an error"):
-            raise Wrong(call.format(what), f"{confirmed} from the first, or an error", told)
+        if told not in (came, "an error"):
+            raise Wrong(call.format(what), f"{came} from the first, or an error", told)
     for killed_at in range(2 * len(ORDERS)):
         moment = "before" if killed_at % 2 == 0 else "right after"
         what = f"killed {moment} basic_publish of order {ORDERS[killed_at // 2]}"

@@ -7,6 +7,17 @@ TRY = f"            try:\n    {PUBLISH}            except Exception:\n          
 IMPORT = "from typing"
 AMQP = "from pika import exceptions as amqp\n"
 OPENED = "        channel = connection.channel()\n"
+LOOP = "        for row_id, body in rows:\n"
+DELETED_BY_FINALLY = f"""        confirmed: list[tuple[int]] = []
+        try:
+            self._publish(rows, channel, confirmed)
+        finally:
+            with self._database:
+                self._database.executemany("DELETE FROM outbox WHERE id = ?", confirmed)
+        return len(confirmed)
+
+    def _publish(self, rows: Any, channel: Any, confirmed: list[tuple[int]]) -> None:
+{LOOP}"""
 
 WRONG = {
     "confirms-without-mandatory": [(", mandatory=True", "")],
@@ -32,6 +43,16 @@ WRONG = {
             "        return len(rows)",
         ),
     ],
+    "deleted-by-finally-which-a-kill-leaves-out": [
+        (LOOP, DELETED_BY_FINALLY),
+        (DELETE, "            confirmed.append((row_id,))\n"),
+        ("        return len(rows)\n", ""),
+    ],
+    "looks-for-the-queue-in-place-of-mandatory": [
+        (CONFIRMS, f"{CONFIRMS}        channel.queue_declare(QUEUE, passive=True)\n"),
+        (", mandatory=True", ""),
+    ],
+    "oldest-row-only": [("ORDER BY id", "ORDER BY id LIMIT 1")],
     "a-new-id-each-time": [
         (
             "message = messaging.Message.decode(body)\n",
@@ -52,5 +73,12 @@ RIGHT = {
     "ended-at-a-nack-and-counted-to-there": [
         ("for row_id, body in rows", "for n, (row_id, body) in enumerate(rows)"),
         (PUBLISH, f"{TRY}return n\n"),
+    ],
+    "a-nack-is-tried-again": [
+        (PUBLISH, TRY.replace("Exception", "amqp.NackError") + PUBLISH.lstrip()),
+        (IMPORT, AMQP + IMPORT),
+    ],
+    "the-queue-is-declared-first": [
+        (CONFIRMS, f"{CONFIRMS}        channel.queue_declare(QUEUE, durable=True)\n"),
     ],
 }  # fmt: skip
