@@ -46,7 +46,8 @@ def check(exercise: ModuleType) -> None:
 
 def one(line: Any, orders: list[Order]) -> None:
     call, sales = f"report(db), the line {line.segment!r}", sum(cents for *_, cents in orders)
-    if abs(line.average_cents * len(orders) - sales) * 2 > len(orders):
+    off = abs(line.average_cents * len(orders) - sales)
+    if off * 2 > len(orders) or line.average_cents != int(line.average_cents):
         raise Wrong(f"{call}: average_cents", round(sales / len(orders)), line.average_cents)
     columns = {
         "customers": len({name for name, *_ in orders}),

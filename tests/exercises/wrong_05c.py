@@ -13,6 +13,11 @@ WRONG = {
                "    cents = sum(line.average_cents * line.orders for line in lines)\n"
                "    return [*lines, last._replace(average_cents=round(cents / last.orders))]\n"),
     ],
+    "not rounded": [
+        (LAST, "    *lines, last = [Line(*row) for row in db.execute(QUERY).fetchall()]\n"
+               "    average = last.sales_cents / last.orders\n"
+               "    return [*lines, last._replace(average_cents=average)]\n"),
+    ],
     "all is told by its NULL": [(NAME, "coalesce(segment, 'all')")],
     "orders without a segment are left out": [
         ("FROM orders\nGROUP", "FROM orders\nWHERE segment IS NOT NULL\nGROUP"),
