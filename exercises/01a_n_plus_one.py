@@ -8,7 +8,7 @@ of one request shows 622 SELECTs.
 Change `newest_orders`, and what else you like; the JSON of a page stays as it is.
 
 Judged: a page of 25 orders sends as many queries as a page of 5, and six at most; it is the right
-page, in the right order; and no order is loaded that is not on it.
+page, in the right order; and no object is loaded that is not on it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Order(Base):
 
     @property
     def total(self) -> Decimal:
-        return sum((line.product.price * line.quantity for line in self.lines), Decimal(0))
+        return sum((line.product.price * line.quantity for line in self.lines), Decimal("0.00"))
 
 
 class Line(Base):

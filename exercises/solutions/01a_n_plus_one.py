@@ -57,7 +57,7 @@ class Order(Base):
 
     @property
     def total(self) -> Decimal:
-        return sum((line.product.price * line.quantity for line in self.lines), Decimal(0))
+        return sum((line.product.price * line.quantity for line in self.lines), Decimal("0.00"))
 
 
 class Line(Base):
