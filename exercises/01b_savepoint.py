@@ -10,7 +10,8 @@ Change `import_prices`. The transaction is the caller's: the function must not c
 Judged: after the caller's commit the table holds, besides the prices of earlier nights, exactly
 what the report names as stored, in cents, and what the caller wrote before is there; after the
 caller's rollback neither is. After an error every statement is refused until a rollback, as
-PostgreSQL does. An error that is not a row's fault reaches the caller.
+PostgreSQL does. A row may be refused by a rule of the database that is not in these models. An
+error that is not a row's fault reaches the caller.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Imports a list with bad rows, and compares table and report after a commit and after a rollback.
 
-One bad row is of a price that the table held before, which the list alone does not tell.
+One bad row is of a price that the table held before, which the list alone does not tell; one is
+refused by a trigger, which no look at list and table tells.
 
 Refused: a commit after each row, which takes the decision from the caller; one savepoint around
 all rows; none at all, which SQLite forgives and PostgreSQL does not; `except Exception`, which
@@ -27,6 +28,7 @@ ROWS = [
     ("pipe", Decimal("7.20")),  # refused: PRIMARY KEY, of an earlier night
     ("tap", Decimal("19.90")),
     ("sink", Decimal("129.00")),
+    ("boiler", Decimal("890.00")),  # refused: TRIGGER
     ("bath", Decimal("-1.00")),  # refused: CHECK
     ("hose", Decimal("7.50")),
     ("tap", Decimal("18.90")),  # refused: PRIMARY KEY
@@ -34,7 +36,9 @@ ROWS = [
 ]
 GOOD = {"tap": 1_990, "sink": 12_900, "hose": 750, "plug": 210}  # cents, in the order of ROWS
 ALL = dict(sorted((EARLIER | GOOD).items()))
-BAD = {1: "pipe", 4: "bath", 6: "tap"}
+BAD = {1: "pipe", 4: "boiler", 5: "bath", 7: "tap"}
+TRIGGER = """CREATE TRIGGER boilers BEFORE INSERT ON prices WHEN NEW.sku = 'boiler'
+BEGIN SELECT RAISE(ABORT, 'no longer sold'); END"""
 CALL = f"import_prices(session, rows), with bad rows at lines {', '.join(map(str, BAD))}"
 
 
@@ -45,6 +49,8 @@ def database(exercise: ModuleType) -> Iterator[sa.Engine]:
     with tempfile.TemporaryDirectory() as home:
         engine = script.sqlite_engine(Path(home) / "prices.sqlite")
         exercise.Base.metadata.create_all(engine)
+        with engine.begin() as connection:
+            connection.exec_driver_sql(TRIGGER)
         aborts_as_postgresql(engine)
         try:
             yield engine
@@ -121,5 +127,5 @@ def check(exercise: ModuleType) -> None:
     with database(exercise) as engine, suppress(OperationalError):
         fails_at(engine, "plug")
         report, *_ = imported(exercise, engine, Session.commit)
-        call = "import_prices(session, rows), and the disk is full at line 7"
+        call = f"import_prices(session, rows), and the disk is full at line {len(ROWS)}"
         raise Wrong(call, "OperationalError", report)

@@ -2,6 +2,9 @@ NESTED = "            with session.begin_nested():\n"
 ADDED = "                session.add(Price(sku=sku, cents=int(price * 100)))\n"
 CAUGHT = "        except IntegrityError:\n"
 AGAIN = "            batch.rollback()\n            batch = session.begin_nested()\n"
+INSERTED = """            price_of = {"sku": sku, "cents": int(price * 100)}
+            session.execute(sa.insert(Price).values(price_of))
+"""
 
 WRONG = {
     "a-commit-a-row": [(ADDED, f"{ADDED}            session.commit()\n")],
@@ -11,18 +14,20 @@ WRONG = {
         (ADDED, f"{ADDED[4:]}            session.flush()\n"),
         (CAUGHT, CAUGHT + AGAIN),
     ],
-    "no-savepoint": [
-        (
-            NESTED + ADDED,
-            "            price_of = {'sku': sku, 'cents': int(price * 100)}\n"
-            "            session.execute(sa.insert(Price).values(price_of))\n",
-        )
-    ],
+    "no-savepoint": [(NESTED + ADDED, INSERTED)],
     "bad-rows-told-by-the-list-alone": [
         (
             NESTED + ADDED,
             "            if price <= 0 or sku in report.stored:\n"
             "                raise IntegrityError('', {}, ValueError(sku))\n" + ADDED[4:],
+        )
+    ],
+    "looked-up-before": [
+        (
+            NESTED + ADDED,
+            "            if price <= 0 or session.get(Price, sku):\n"
+            "                report.rejected[line] = sku\n"
+            "                continue\n" + INSERTED,
         )
     ],
     "euros-for-cents": [("int(price * 100)", "int(price)")],
