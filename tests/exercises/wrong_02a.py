@@ -18,6 +18,19 @@ WRONG = {
         (KEY, KEY.replace("[", '[("status", ASCENDING), ')),
         (PARTIAL, ""),
     ],
+    "the-predicate-with-ne-too": [
+        (STATUS, STATUS.replace('"open"', '{"$ne": "closed"}')),
+        (PARTIAL, PARTIAL.replace('"open"', '{"$ne": "closed"}')),
+    ],
+    "an-amount-in-the-predicate": [
+        (KEY, ES),
+        (PARTIAL, PARTIAL.replace("}", ', "amount": {"$gte": 50_000}}')),
+    ],
+    "no-sort": [('.sort("at", DESCENDING)', "")],
+    "some-twenty-sorted-in-python": [
+        (LIMITED, 'sorted(orders.find(query).limit(limit), key=lambda order: order["at"])[::-1]')
+    ],
+    "always-twenty": [(".limit(limit)", ".limit(20)")],
     "a-hint": [(LIMITED, LIMITED.replace("))", ').hint("open_orders"))'))],
     "two-indexes": [
         ("create_indexes([OPEN_ORDERS])", 'create_indexes([OPEN_ORDERS, IndexModel("customer")])')
@@ -30,6 +43,10 @@ RIGHT = {
             CREATED,
             f'orders.create_index({KEY}, partialFilterExpression={{"status": "open"}})',
         )
+    ],
+    "the-old-index-dropped": [(CREATED, f'orders.drop_index("open_orders")\n    {CREATED}')],
+    "options-of-find": [
+        (LIMITED, 'list(orders.find(filter=query, sort=[("at", DESCENDING)], limit=limit))')
     ],
     "to-list": [(LIMITED, LIMITED.removeprefix("list(").removesuffix(")") + ".to_list()")],
     "sort-by-a-mapping": [('.sort("at", DESCENDING)', '.sort({"at": DESCENDING})')],
