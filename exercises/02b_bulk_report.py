@@ -10,7 +10,7 @@ Change `load`. `Report` stays as it is.
 Judged: what can be stored is stored, whatever becomes of the others; each document is counted once,
 as stored, as there before (its `_id` is), or as rejected for any other reason, with the server's
 code; an error that belongs to no document is raised; and a load takes a handful of calls, not one a
-document.
+document, and none where there is no document. A load may hold a document twice.
 """
 
 from __future__ import annotations
