@@ -7,9 +7,9 @@ and nothing else. Reading everything anew mends it, until the next one.
 
 Change `Follower`. Stream, tokens and index are given, and stay; they share no transaction.
 
-Judged: the follower is killed before and after each of its calls, and started again. Then the
-index equals the products, always; one change at most was handled again; and where the index is
-down, its error reaches the caller, and no change is passed over.
+Judged: the follower is killed, by SIGKILL, before and after each of its calls, and started again.
+Then the index equals the products, always; one change at most was handled again; and where the
+index is down, its error reaches the caller, and no change is passed over.
 """
 
 from __future__ import annotations

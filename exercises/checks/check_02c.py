@@ -3,7 +3,7 @@
 Refused: the two lines swapped and no more, since then a change may come twice, and its second
 `add` or `remove` raises; the token saved in `finally`, also where handling failed; errors of the
 index passed over, if only of updates and deletes; no token at all, or one for many changes, which
-repeats too much.
+repeats too much; a token put back by `except` or `finally`, which a SIGKILL does not run.
 """
 
 from collections.abc import Callable, Iterator
@@ -53,21 +53,23 @@ class World:
     def __init__(self, kill_at: int, down_after: int | None = None) -> None:
         self.token: object | None = None
         self.documents: dict[int, Document] = {}
-        self.calls, self.kill_at = 0, kill_at
+        self.calls, self.kill_at, self.is_dead = 0, kill_at, False
         self.down_after = down_after  # changes of the index, or never
         self.what = "no kill"
         self.handed: dict[object, int] = {}
 
     def call(self, what: str, effect: Callable[[], T]) -> T:
         step, self.calls = self.calls, self.calls + 1
-        if 2 * step == self.kill_at:
-            self.what = f"killed before {what}"
-            raise Killed
+        self._kill(2 * step, f"killed before {what}")
         done = effect()
-        if 2 * step + 1 == self.kill_at:
-            self.what = f"killed after {what}"
-            raise Killed
+        self._kill(2 * step + 1, f"killed after {what}")
         return done
+
+    def _kill(self, moment: int, what: str) -> None:
+        if moment == self.kill_at:
+            self.is_dead, self.what = True, what
+        if self.is_dead:
+            raise Killed
 
     def watch(self, resume_after: object | None = None) -> Iterator[Document]:
         every = changes()
@@ -119,6 +121,7 @@ class World:
 
 def follow(exercise: ModuleType, world: World) -> BaseException | None:
     """What ended it, if not the end of the stream."""
+    world.is_dead = False
     try:
         exercise.Follower(world, world, world).run()
     except (Killed, Exception) as error:
