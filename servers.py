@@ -37,7 +37,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -54,7 +53,6 @@ LOCALE = "C.UTF-8" if sys.platform == "linux" else "en_US.UTF-8"
 DEBIAN = Path("/usr/lib")  # has servers that Debian's packages do not put on PATH
 FETCHED = Path(__file__).resolve().parent / ".venv" / "servers"
 UNPRIVILEGED, NO_GROUP = "nobody", 65534  # PostgreSQL refuses root: whom it then runs as
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that end a set of servers
 EXIT_UNAVAILABLE, EXIT_NOT_FOUND = 125, 127  # CMD never ran: as docker run, and as a shell, say it
 
 
@@ -708,33 +706,24 @@ def serve(only: Sequence[str], command: Sequence[str]) -> int:
 
 
 def _run(command: Sequence[str], urls: Mapping[str, str]) -> int:
-    heed = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, SIGNALS)
-
-    def begin() -> None:  # in the child: a Ctrl-C that comes before CMD runs ends it
-        for signum in SIGNALS:
-            if callable(signal.getsignal(signum)):
-                signal.signal(signum, signal.SIG_DFL)
-        heed()
-
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until a `finally` knows the child
     try:
-        child = subprocess.Popen(command, env={**os.environ, **urls}, preexec_fn=begin)
+        status = subprocess.Popen(command, env={**os.environ, **urls}).wait()
     except OSError as error:
-        heed()
         _say(f"servers.py: {command[0]}: {error.strerror}")
         return EXIT_NOT_FOUND
-    try:
-        heed()
-        status = child.wait()
     except SystemExit as signalled:  # let it clean up: its servers outlive it
         if signalled.code != 128 + signal.SIGINT:  # a Ctrl-C it has got from the terminal itself
-            child.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(STOP_TIMEOUT_S)
+            _signal(_command_processes(), signal.SIGTERM)
+        psutil.wait_procs(_command_processes(), STOP_TIMEOUT_S)
         raise
     finally:
-        child.kill()  # where it heeded no signal, or there was a second one
+        _signal(_command_processes(), signal.SIGKILL)  # it heeded none, or there was a second one
     return status if status >= 0 else 128 - status  # as a shell reports a signal's death
+
+
+def _command_processes() -> list[psutil.Process]:
+    """CMD while it lives, also where a signal came before Popen gave it: alone in our session."""
+    return [child for child in psutil.Process().children() if os.getsid(child.pid) == os.getsid(0)]
 
 
 def main(argv: list[str]) -> int:
@@ -749,7 +738,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv[:split])
     if bool(command) != (options.action == "run"):
         parser.error("run takes a command after --, and up takes none")
-    for signum in SIGNALS:
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) is not signal.SIG_IGN:  # under nohup it is
             signal.signal(signum, lambda number, _: sys.exit(128 + number))  # each `finally` runs
     try:

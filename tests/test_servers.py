@@ -625,25 +625,6 @@ def test_a_signal_while_the_command_starts_leaves_no_command() -> None:
     assert not psutil.pid_exists(int(done.stdout))
 
 
-@pytest.mark.parametrize(
-    ("command", "status"), [("no-such-command", 127), ("sleep", 128 + signal.SIGINT)]
-)
-def test_a_ctrl_c_between_fork_and_exec_is_heeded_there(command: str, status: int) -> None:
-    code = (
-        "import os, signal, sys, servers\n"
-        "for number in servers.SIGNALS:\n"
-        "    signal.signal(number, lambda number, _: sys.exit(128 + number))\n"
-        f"if '{command}' == 'sleep':\n"
-        "    interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
-        "    os.register_at_fork(after_in_child=interrupt)\n"
-        f"print(servers._run(['{command}', '60'], {{}}), signal.pthread_sigmask(0, []))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=SCRIPT.parent, stdout=subprocess.PIPE, timeout=60
-    )
-    assert done.stdout == f"{status} set()\n".encode()
-
-
 def test_a_sigkill_of_the_command_ends_everything(supervise: Callable[..., Supervisor]) -> None:
     supervisor = supervise("redis")
     supervisor.command.kill()
