@@ -559,7 +559,7 @@ class Consumer:
                 # Not reset by a connection alone: each may end at the same message.
                 if self._channel and time.monotonic() - started_s > STABLE_S:
                     failures = 0
-                self._channel = None  # what is still at work can no longer be acked
+                self._channel = None  # what is at work can no longer be acked
                 if not self._stopping:
                     logger.warning("consumer of %s: %s", self.contract.queue, self._failure)
                     time.sleep(RECONNECT.jittered_s(failures))
@@ -1161,7 +1161,7 @@ def declared(
     try:
         yield link, topology.contract(bindings[0][0])
     finally:
-        if isinstance(broker, RabbitMQ):  # by another connection: that one may have died
+        if isinstance(broker, RabbitMQ):  # by another connection: that may have died
             with suppress(*LOST), closing(broker.connect()) as janitor:
                 topology.delete(janitor.channel())
         with suppress(*LOST):
@@ -1505,8 +1505,8 @@ def killable_broker() -> Iterator[tuple[RabbitMQ, Callable[[str], object]]]:
         logger.setLevel(logging.ERROR)  # lost on purpose
         yield RabbitMQ(url), order
     finally:
-        process.communicate()  # the end of its input is the order to end
-        logger.setLevel(logging.NOTSET)
+        process.communicate()  # end of input: the order to end
+    logger.setLevel(logging.NOTSET)  # Ctrl-C may leave a producer
 
 
 def slow_region(user: Mapping[str, Any]) -> str:
@@ -1620,7 +1620,7 @@ def open_resources(run: config.Run) -> Iterator[dict[str, object]]:
     """A broker, a store for users, a directory for the demos' files."""
     timeout_s, token = run.settings.connect_timeout_s, secrets.token_hex(4)
     broker: RabbitMQ | InMemoryBroker = InMemoryBroker()
-    logging.getLogger("pika").setLevel(logging.CRITICAL)  # it logs what it raises as well
+    logging.getLogger("pika").setLevel(logging.CRITICAL)  # it logs what it raises
     try:
         url = run.url("RabbitMQ", "RABBITMQ_URL")
         broker, run.services["rabbitmq"] = open_rabbitmq(url, timeout_s)

@@ -86,13 +86,18 @@ def balances(database: Db) -> dict[Any, Decimal]:
     return {row["_id"]: row["balance"] for row in database.accounts.find()}
 
 
-def open_transactions(server: servers.Mongo) -> list[Document]:
-    pipeline: list[Document] = [
-        {"$currentOp": {"idleSessions": True, "allUsers": True}},
-        {"$match": {"transaction.parameters.autocommit": False}},
-    ]
+def current(server: servers.Mongo, idle: str, condition: Document) -> list[Document]:
+    pipeline = [{"$currentOp": {idle: True, "allUsers": True}}, {"$match": condition}]
     with mongo_client(server.url) as client:
         return list(client.admin.aggregate(pipeline))
+
+
+def open_transactions(server: servers.Mongo) -> list[Document]:
+    return current(server, "idleSessions", {"transaction.parameters.autocommit": False})
+
+
+def connections(server: servers.Mongo, of: str) -> list[Document]:
+    return current(server, "idleConnections", {"appName": of})
 
 
 # ── Answers that are late, or lost ──
@@ -301,12 +306,13 @@ app.BulkManager(target).load({"_id": f"number {n}", "n": n} for n in itertools.c
 
 
 def test_a_loading_process_is_killed_and_the_load_repeated(victim: Any, database: Db) -> None:
-    args = [sys.executable, "-c", LOAD_WITHOUT_END, victim.url, database.name]
+    args = [sys.executable, "-c", LOAD_WITHOUT_END, f"{victim.url}&appName=loader", database.name]
     with subprocess.Popen(args, cwd=ROOT) as process:
         try:
             until(lambda: database.numbers.estimated_document_count() > 5_000, "a load")
         finally:
             process.send_signal(signal.SIGKILL)
+    until(lambda: connections(victim, "loader") == [], "the server to store what it was sent")
     stored = numbers(database)
     assert stored == list(range(len(stored)))
     documents = map(Supply(True).document, range(len(stored) + 2_500))

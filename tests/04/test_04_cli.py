@@ -3,6 +3,7 @@ test_tls.py."""
 
 from __future__ import annotations
 
+import logging
 import re
 import signal
 from contextlib import closing
@@ -212,6 +213,28 @@ def test_ctrl_c_in_the_middle(demo: str, tmp_path: Path, rabbitmq_url: str, mong
     assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
     assert psutil.wait_procs(below, running.WAIT_S)[1] == []
     assert running.databases(mongo_uri) == before
+
+
+@pytest.mark.slow
+def test_a_producer_that_ctrl_c_left_behind_says_nothing_of_the_broker_that_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = []
+
+    def interrupted(broker: Any, _: object) -> None:
+        left.append(mq.WindowedProducer(broker, lambda *_: None))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mq, "publish_all", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            mq.crash("left.", tmp_path)
+        missed = left[0]._failures
+        until(lambda: left[0]._failures > missed + 1, "it to miss the broker again")
+    finally:
+        mq.logger.setLevel(logging.NOTSET)
+        left[0].close(0)
+    assert [one for one in caplog.records if one.name == mq.logger.name] == []
 
 
 # ── Refused, or away ────────────────────────────────────────────────────────────────
