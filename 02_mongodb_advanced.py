@@ -1248,8 +1248,8 @@ def demo_transactions(workspace: Workspace) -> TransactionResult | None:
     accounts.update_many({}, {"$set": {"balance": OPENING}})
 
     with ThreadPoolExecutor(WRITERS + 1) as threads:
-        watcher = threads.submit(lambda: list(iter(lambda: None if done else ledger.total(), None)))
         try:
+            watcher = threads.submit(list, iter(lambda: None if done else ledger.total(), None))
             attempts = sum(threads.map(partial(transfer_often, ledger), range(WRITERS)))
         finally:
             done = True
