@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import random
 import re
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from decimal import Decimal
 from functools import reduce
 from typing import Any
@@ -243,6 +245,25 @@ def test_a_conflict_is_repeated_until_it_goes_through(workspace: Any) -> None:
         session.commit_transaction()
         assert moving.result() >= 2
     assert balances(accounts.database) == {0: 7, 1: 12}
+
+
+def test_ctrl_c_when_the_watcher_has_just_started_ends_the_demo(
+    workspace: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit = ThreadPoolExecutor.submit
+
+    def interrupted(*args: Any) -> None:
+        submit(*args)
+        raise KeyboardInterrupt
+
+    def demo() -> None:
+        with suppress(KeyboardInterrupt):
+            app.demo_transactions(workspace)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
+    running = threading.Thread(target=demo, daemon=True)
+    running.start()
+    until(lambda: not running.is_alive(), "its end")
 
 
 # ── ChangeConsumer ──
