@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import closing
-from dataclasses import asdict, make_dataclass
+from dataclasses import asdict, make_dataclass, replace
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from functools import partial
@@ -275,7 +275,8 @@ def awaited(source: Source) -> Callable[[], Any]:
 
 @pytest.fixture
 def tasks(make_cache: MakeCache) -> Iterator[Any]:
-    with closing(app.AsyncTieredCache(make_cache(load_timeout_s=0.5, lease_s=0.2))) as made:
+    patient = make_cache(load_timeout_s=WAIT_S, lease_s=WAIT_S)
+    with closing(app.AsyncTieredCache(patient)) as made:
         yield made
 
 
@@ -362,15 +363,18 @@ def test_a_loader_that_raises_stop_iteration_is_an_error(tasks: Any) -> None:
 
 @pytest.mark.parametrize("hangs", [True, False], ids=["hangs", "is cancelled"])
 def test_a_loader_that_hangs_or_is_cancelled_is_an_error(tasks: Any, hangs: bool) -> None:
-    source = Source(asyncio.CancelledError())
+    source, patient = Source(asyncio.CancelledError()), tasks.cache.policy
 
     async def load() -> Any:
         await asyncio.sleep(WAIT_S if hangs else 0)
         return source()
 
     async def ask() -> list[Any]:
+        if hangs:
+            tasks.cache.policy = replace(patient, load_timeout_s=0.1)
         asked = [tasks.get_or_load("k", load) for _ in range(3)]
         answers = await asyncio.gather(*asked, return_exceptions=True)
+        tasks.cache.policy = patient
         return [*answers, await tasks.get_or_load("k", awaited(Source("next")))]
 
     *errors, answer = asyncio.run(ask())
