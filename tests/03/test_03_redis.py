@@ -403,8 +403,9 @@ def test_an_answer_that_is_lost_leaves_no_lease(
 
 
 def test_while_one_caller_makes_up_for_what_redis_missed_the_others_wait(
-    own: Any, make: Make
+    own: Any, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(app, "REDIS_TIMEOUT_S", TIMEOUT_S)  # the others' patience
     keys = [str(i) for i in range(24)]
     with Watched.from_url(own.url) as client:
         cache, client.after = make(client=client), lose  # so its lease is to be dropped
