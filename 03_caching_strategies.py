@@ -78,7 +78,7 @@ LISTEN_S, RECONNECT_S = 0.1, 0.5  # until a listener sees that it is to stop; un
 PRODUCTS, REQUESTS = 2_000, 10_000  # pages; questions for them
 MANY = 1_000  # keys that expire together; callers of a busy page
 PROCESSES, CALLERS, READERS = 4, 250, 16  # callers a process; threads that read across a TTL
-LOAD_S, SHORT_LOAD_S = 0.3, 0.05  # until all callers are there; well below a TTL of 0.25 s
+LOAD_S, SHORT_LOAD_S = 0.3, 0.05  # the latter well below a TTL of 0.25 s
 BULK_KEYS, HOT_KEYS = 100, 20  # of a batch, or a tag; of the traffic during an outage
 LIMIT, LIMIT_CLIENTS = 50, 8
 SEED = 8  # the data are the same in every run
@@ -334,7 +334,6 @@ class TieredCache:
         return f"{self.namespace}:{kind}:{{{key}}}"
 
     def stats(self) -> Mapping[str, Any]:
-        """What COUNTED names."""
         with self._lock:
             stats: Counter[str] = self._counts.copy()
         l1 = self.l1
@@ -1003,9 +1002,9 @@ class Source:
         self._lock = threading.Lock()
 
     def __call__(self) -> str:
+        time.sleep(self._sleep_s)
         with self._lock:
             self.loads += 1
-        time.sleep(self._sleep_s)
         if self._fails:
             raise ConnectionError("the source is down")
         return "value"
@@ -1185,10 +1184,20 @@ def demo_ttl(shop: Shop) -> TtlResult:
 # ── 4. Stampede ──
 
 
-def stampede(get: Callable[[Source], object], fails: bool = False) -> tuple[int, int, int]:
+def stampede(get: Callable[[Loader], object], fails: bool = False) -> tuple[int, int, int]:
     """(loads, values, errors) of MANY who ask for one cold key at once."""
-    source = Source(LOAD_S, fails)
-    answers = in_threads(MANY, lambda _i: get(source))
+    source, asked = Source(LOAD_S, fails), list[int]()
+
+    def load() -> str:
+        while len(asked) < MANY:
+            time.sleep(SHORT_LOAD_S)
+        return source()
+
+    def ask(i: int) -> object:
+        asked.append(i)
+        return get(load)
+
+    answers = in_threads(MANY, ask)
     errors = sum(isinstance(answer, ConnectionError) for answer in answers)
     return source.loads, answers.count("value"), errors
 
@@ -1213,39 +1222,38 @@ def uninterrupted() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def stampede_worker(url: str, namespace: str, at: float) -> tuple[int, int]:
-    """CALLERS threads ask for a cold key at `at`: (answers, loads)."""
+def stampede_worker(url: str, namespace: str, _i: int) -> tuple[int, int]:
+    """CALLERS threads ask for a cold key: (answers, loads)."""
     source, cache = Source(LOAD_S), TieredCache(namespace, connect(url))
-    time.sleep(max(0.0, at - time.time()))
     answers = in_threads(CALLERS, lambda _i: cache.get_or_load("hot", source))
     return answers.count("value"), source.loads
 
 
 def stampede_of_processes(workspace: Workspace) -> tuple[int, int]:
-    """(answers, loads) of PROCESSES × CALLERS."""
     with futures.ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:
         with uninterrupted():
             list(pool.map(time.sleep, [0.2] * PROCESSES))  # until all have started
         work = partial(stampede_worker, workspace.url, f"{workspace.prefix}:processes")
-        answers, loads = zip(*pool.map(work, [time.time() + 0.2] * PROCESSES), strict=True)
+        answers, loads = zip(*pool.map(work, range(PROCESSES)), strict=True)
     return sum(answers), sum(loads)
 
 
 def read_across_expiry(workspace: Workspace, beta: float) -> tuple[int, int]:
     """READERS read one key over three TTLs: (reads that waited for a load, loads)."""
-    policy, source = Policy(0.25, jitter=0.0, beta=beta, l1_ttl_s=0.01), Source(SHORT_LOAD_S)
+    policy, half = Policy(0.25, jitter=0.0, beta=beta, l1_ttl_s=0.01), Source(SHORT_LOAD_S / 2)
     cache = make_cache(workspace, f"beta{beta:g}", policy)
-    cache.get_or_load("hot", source)
-    end, waited = time.monotonic() + 3 * policy.ttl_s, list[float]()
+    get = partial(cache.get_or_load, "hot", lambda: half() and half())
+    get()
+    end, waited = time.monotonic() + 3 * policy.ttl_s, list[bool]()
 
     def read(_i: int) -> None:
-        while time.monotonic() < end:
-            seconds = timed(lambda: cache.get_or_load("hot", source))[1]
-            waited.extend([seconds] if seconds > SHORT_LOAD_S / 2 else [])
+        while half.loads < 8 or time.monotonic() < end:
+            before, _ = half.loads, get()
+            waited.append(half.loads > before + 1)  # both halves ended meanwhile
             time.sleep(0.002)
 
     in_threads(READERS, read)
-    return len(waited), source.loads
+    return sum(waited), half.loads // 2
 
 
 @dataclass(frozen=True)
@@ -1265,7 +1273,7 @@ def demo_stampede(workspace: Workspace | None) -> StampedeResult:
     """
     note(f"the source sleeps {LOAD_S:g} s, for XFetch {SHORT_LOAD_S:g} s")
     cache, callers = make_cache(workspace, "stampede"), {}
-    callers["lru_cache"] = stampede(lru_cache(Source.__call__))
+    callers["lru_cache"] = stampede(lru_cache(lambda load: load()))
     callers["single-flight"] = stampede(partial(cache.get_or_load, "hot"))
     callers["the same, loader raises"] = stampede(partial(cache.get_or_load, "bad"), fails=True)
     with closing(AsyncTieredCache(cache)) as for_tasks:
@@ -1395,7 +1403,6 @@ class OutageResult:
 
 
 def outage_drill(server: PrivateRedis, shop: Shop) -> OutageResult:
-    """(what callers see, by phase; a price before and after its change)."""
     client, breaker = connect(server.url), CircuitBreaker(failures=3, reset_s=0.3)
     cache = TieredCache("outage", client, Policy(ttl_s=0.4, l1_ttl_s=0.1), breaker=breaker)
     stopping, seen = threading.Event(), list[tuple[float, bool]]()  # seconds, whether an error
