@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def judge(number: str, file: Path, limit_s: float = LIMIT_S) -> Judged:
         command = [sys.executable, "-B", "-m", "checks", number, str(file), str(told)]
         try:
             ended = subprocess.run(
-                [*command, str(max(0.1, limit_s - DUMP_S))],
+                [*command, str(time.monotonic() + limit_s - DUMP_S)],
                 env={
                     **os.environ,
                     "PYTHONPATH": os.pathsep.join(filter(None, paths)),

@@ -1,9 +1,10 @@
 """One exercise, judged in a process of its own, which check.py starts:
 
-    python -m checks NUMBER FILE VERDICT SECONDS
+    python -m checks NUMBER FILE VERDICT DEADLINE
 
 Into the file VERDICT goes what is wrong, or nothing where nothing is. Without that file there is no
-verdict: the exercise has ended Python, or never ended. After SECONDS all threads are shown.
+verdict: the exercise has ended Python, or never ended. At DEADLINE, of time.monotonic(), which is
+that of all processes, all threads are shown.
 """
 
 import faulthandler
@@ -12,6 +13,7 @@ import io
 import os
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -57,10 +59,10 @@ def raised(error: Exception, file: Path) -> str:
     return f"it raises:\n{told.rstrip()}"
 
 
-number, file, told, seconds = sys.argv[1:]
+number, file, told, deadline = sys.argv[1:]
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, whatever its threads do
 sys.stdout = Bounded(sys.stdout.buffer, encoding="utf-8")
-faulthandler.dump_traceback_later(float(seconds))
+faulthandler.dump_traceback_later(max(0.1, float(deadline) - time.monotonic()))
 Path(told).write_text(verdict(number, Path(file)), encoding="utf-8")
 sys.stdout.flush()
 os._exit(0)  # also where the exercise has left threads that wait
