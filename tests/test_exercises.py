@@ -179,7 +179,7 @@ def test_what_is_no_answer_does_not_pass(changed: Path, source: str, told: str) 
 
 def test_threads_that_are_left_do_not_hold_it(changed: Path) -> None:
     changed.write_text("import threading\nthreading.Thread(target=threading.Event().wait).start()")
-    assert "AttributeError" in judge(EVERY[0].number, changed, limit_s=10.0).wrong
+    assert "AttributeError" in judge(EVERY[0].number, changed).wrong
 
 
 def test_of_much_output_the_end_is_shown(changed: Path, capsys: pytest.CaptureFixture[str]) -> None:
