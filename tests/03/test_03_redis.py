@@ -285,8 +285,10 @@ def test_three_failures_open_the_breaker_and_a_probe_closes_it(
     make: Make, trouble: Any, how: str
 ) -> None:
     away = Away()
-    cache = make(timeout_s=IMPATIENT_S, breaker=away)
+    cache, impatient = make(breaker=away), make(timeout_s=IMPATIENT_S).client
     put(cache, "before")
+    until(lambda: app.failure(impatient.ping) is None)
+    patient, cache.client = cache.client, impatient
     with trouble(how):
         put(cache, *(f"k{i}" for i in range(20)))
         names, stats = "redis_errors breaker_opened short_circuited loads".split(), cache.stats()
@@ -294,6 +296,7 @@ def test_three_failures_open_the_breaker_and_a_probe_closes_it(
         away.end()
         put(cache, "probe", "after the probe")
         assert (cache.stats()["redis_errors"], cache.breaker.allow()) == (4, False)
+    cache.client = patient
     put(cache, "early")  # the breaker asks nobody yet
     assert make().get_many(["early"]) == {}
     until(lambda: away.end() or put(cache, "late") or cache.breaker.allow())
