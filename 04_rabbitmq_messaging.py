@@ -324,7 +324,8 @@ class WindowedProducer:
     def __init__(self, broker: RabbitMQ, on_settled: OnSettled, window: int = 1_000) -> None:
         self._parameters = broker.parameters()
         self._on_settled, self._window = on_settled, window
-        self._room = threading.Condition()  # guards the next three
+        self._lock = threading.RLock()  # a Condition's `with` may be interrupted
+        self._room = threading.Condition(self._lock)  # guards the next three
         self._outstanding = 0  # published and not settled
         self._waiting: deque[Outgoing] = deque()
         self._is_woken = False
@@ -333,7 +334,6 @@ class WindowedProducer:
         self._channel: Any = None
         self._failures = 0  # to connect, in a row
         self._unconfirmed: dict[int, Outgoing] = {}  # by delivery tag, ascending
-        self._oldest_tag = self._next_tag = 1
         self._returned: Counter[tuple[str | None, str, str]] = Counter()
         self._suspects = 0  # to be sent one by one: one of them closed the channel
         self._thread = threading.Thread(target=self._run, name="producer", daemon=True)
@@ -341,7 +341,7 @@ class WindowedProducer:
 
     def publish(self, message: Outgoing, timeout_s: float = 30.0) -> None:
         """Blocks while the window is full; TimeoutError if it stays so."""
-        with self._room:
+        with self._lock:
             self._wait(lambda: self._outstanding < self._window, timeout_s)
             if self._closing.is_set():
                 raise RuntimeError("the producer is closed")
@@ -353,7 +353,7 @@ class WindowedProducer:
 
     def flush(self, timeout_s: float = 30.0) -> None:
         """Returns when every message is settled; TimeoutError otherwise."""
-        with self._room:
+        with self._lock:
             self._wait(lambda: not self._outstanding, timeout_s)
 
     def _wait(self, condition: Callable[[], bool], timeout_s: float) -> None:
@@ -445,7 +445,7 @@ class WindowedProducer:
                 self._on_settled(message, Undelivered(f"{why}: {message}") if why else None)
             except Exception:  # the caller's: the thread must outlive it
                 logger.exception("on_settled failed for %s", message)
-        with self._room:
+        with self._lock:
             self._outstanding -= len(messages)
             if self._outstanding <= self._window // 2:  # not for each: thread switches are dear
                 self._room.notify_all()
@@ -460,7 +460,7 @@ class WindowedProducer:
             if len(again) == 1:
                 self._settle([again.pop()], f"{reason.reply_code} {reason.reply_text}")
             self._suspects = max(len(again), self._suspects - 1)
-        with self._room:
+        with self._lock:
             self._waiting.extendleft(reversed(again))
         if self._connection.is_open:
             self._open_channel(self._connection)
@@ -1398,7 +1398,7 @@ def demo_head_of_line(broker: Any, prefix: str) -> dict[str, list[float]] | None
     return came_s
 
 
-# ── Demos 7 to 9: a pipeline, an outbox, and what a crash costs ──
+# ── Demos 7 to 9: pipeline, outbox, crash ──
 
 
 def imported_users(count: int) -> Iterator[Message]:
@@ -1462,7 +1462,7 @@ def demo_outbox(broker: Any, prefix: str, home: Path) -> dict[str, int]:
         def publish_and_die(message: Outgoing) -> None:
             producer.publish(message)
             if next(published) == RELAYED_ALIVE:
-                raise SystemExit  # stands for SIGKILL
+                raise SystemExit
 
         with suppress(SystemExit):
             outbox.relay(publish_and_die)
@@ -1500,7 +1500,7 @@ def killable_broker() -> Iterator[tuple[RabbitMQ, Callable[[str], object]]]:
         return process.stdout.readline()
 
     try:
-        if not (url := process.stdout.readline().strip()):  # said why
+        if not (url := process.stdout.readline().strip()):
             raise config.ServiceUnavailable("RabbitMQ to kill", "servers.py has none")
         logger.setLevel(logging.ERROR)  # lost on purpose
         yield RabbitMQ(url), order
@@ -1516,7 +1516,7 @@ def slow_region(user: Mapping[str, Any]) -> str:
 
 def consume_in_a_process(broker: RabbitMQ, contract: Contract, path: str) -> None:
     """Until it is killed; SIGTERM would drain it."""
-    logging.disable()  # lost on purpose
+    logging.disable()
     pipeline = UserDataPipeline(SqliteStore(path), slow_region)
     consumer = WorkerPoolConsumer(broker, contract, pipeline)
     signal.signal(signal.SIGTERM, lambda *_: consumer.stop())
