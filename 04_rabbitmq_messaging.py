@@ -1157,8 +1157,8 @@ def declared(
 ) -> Iterator[Any]:
     """A connection, and the contract of the first work queue; deleted at the end."""
     topology, link = Topology(bindings, prefix=prefix, **options), broker.connect()
-    topology.declare(link.channel())
     try:
+        topology.declare(link.channel())
         yield link, topology.contract(bindings[0][0])
     finally:
         if isinstance(broker, RabbitMQ):  # by another connection: that may have died

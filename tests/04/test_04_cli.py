@@ -237,6 +237,22 @@ def test_a_producer_that_ctrl_c_left_behind_says_nothing_of_the_broker_that_ends
     assert [one for one in caplog.records if one.name == mq.logger.name] == []
 
 
+def test_ctrl_c_while_queues_are_declared_leaves_none(
+    rabbitmq_url: str, rabbitmq_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    declared, declare = list[Any](), mq.Topology.declare
+
+    def interrupted(topology: Any, channel: Any) -> None:
+        declared.append(topology)
+        declare(topology, channel)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mq.Topology, "declare", interrupted)
+    with pytest.raises(KeyboardInterrupt), mq.declared(mq.RabbitMQ(rabbitmq_url), rabbitmq_prefix):
+        pass
+    assert_gone(rabbitmq_url, declared)
+
+
 # ── Refused, or away ────────────────────────────────────────────────────────────────
 
 
