@@ -1180,12 +1180,12 @@ def wait_until(is_so: Callable[[], object], poll_s: float = 0.01) -> None:
 def consuming(consumer: Any) -> Iterator[None]:
     """In a thread; raises what ended it."""
     with ThreadPoolExecutor(1) as thread:
-        run = thread.submit(consumer.run)
         try:
+            run = thread.submit(consumer.run)
             yield
         finally:
             consumer.stop()
-            run.result()
+        run.result()
 
 
 CONSUMERS: Any = {RabbitMQ: WorkerPoolConsumer, InMemoryBroker: InMemoryConsumer}

@@ -6,6 +6,8 @@ from __future__ import annotations
 import logging
 import re
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -251,6 +253,25 @@ def test_ctrl_c_while_queues_are_declared_leaves_none(
     with pytest.raises(KeyboardInterrupt), mq.declared(mq.RabbitMQ(rabbitmq_url), rabbitmq_prefix):
         pass
     assert_gone(rabbitmq_url, declared)
+
+
+def test_ctrl_c_while_a_consumer_is_started_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped, submit = threading.Event(), ThreadPoolExecutor.submit
+
+    class Endless:
+        stop = stopped.set
+
+        def run(self) -> None:
+            stopped.wait(running.WAIT_S)
+
+    def interrupted(*args: Any) -> None:
+        submit(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt), mq.consuming(Endless()):
+        pass
+    assert stopped.is_set()
 
 
 # ── Refused, or away ────────────────────────────────────────────────────────────────
