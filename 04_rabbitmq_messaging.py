@@ -1533,11 +1533,12 @@ def crash(prefix: str, home: Path) -> dict[str, int]:
         args, heard = (doomed, contract, path), signal.signal(signal.SIGINT, signal.SIG_IGN)
         first = spawn.Process(target=consume_in_a_process, args=args, daemon=True)
         first.start()  # deaf to Ctrl-C
-        signal.signal(signal.SIGINT, heard)
-        confirmed = publish_all(doomed, itertools.islice(messages, CRASH_USERS // 2))
-        wait_until(lambda: len(store.handled()) > CRASH_USERS // 8)
-        first.kill()
-        first.join()
+        try:
+            signal.signal(signal.SIGINT, heard)
+            confirmed = publish_all(doomed, itertools.islice(messages, CRASH_USERS // 2))
+            wait_until(lambda: len(store.handled()) > CRASH_USERS // 8)
+        finally:
+            first.kill()
 
         def the_rest_and_the_kill() -> Iterator[Outgoing]:
             yield from itertools.islice(messages, CRASH_USERS // 4)

@@ -4,6 +4,7 @@ test_tls.py."""
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import re
 import signal
 import threading
@@ -218,7 +219,7 @@ def test_ctrl_c_in_the_middle(demo: str, tmp_path: Path, rabbitmq_url: str, mong
 
 
 @pytest.mark.slow
-def test_a_producer_that_ctrl_c_left_behind_says_nothing_of_the_broker_that_ends(
+def test_ctrl_c_in_demo_9_leaves_no_consumer_and_its_producer_says_nothing_of_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     left = []
@@ -231,6 +232,9 @@ def test_a_producer_that_ctrl_c_left_behind_says_nothing_of_the_broker_that_ends
     try:
         with pytest.raises(KeyboardInterrupt):
             mq.crash("left.", tmp_path)
+        for consumer in multiprocessing.active_children():
+            consumer.join(running.WAIT_S)
+            assert consumer.exitcode == -signal.SIGKILL
         missed = left[0]._failures
         until(lambda: left[0]._failures > missed + 1, "it to miss the broker again")
     finally:
