@@ -1385,11 +1385,11 @@ def demo_head_of_line(broker: Any, prefix: str) -> dict[str, list[float]] | None
     with declared(broker, f"{prefix}ttl.", retry=RetryPolicy(0.1, attempts=6)) as (link, contract):
         channel, (short, *_, long) = link.channel(), contract.delay_queues
         for way, second in {"one queue": long, "a queue for each delay": short}.items():
+            started_s, came_s[way] = time.monotonic(), []
             for delay_queue, ttl_ms in ((long, "1600"), (second, "100")):
                 message = Outgoing.of(Message("demo", {}), delay_queue)
                 message.properties.expiration = ttl_ms
                 publish_all(broker, [message])
-            started_s, came_s[way] = time.monotonic(), []
             while len(came_s[way]) < 2 and time.monotonic() < started_s + WAIT_S:
                 came = take_all(channel, contract.queue)
                 came_s[way] += [time.monotonic() - started_s] * len(came)
