@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import logging
 import multiprocessing
 import re
@@ -387,25 +388,30 @@ def test_what_is_no_exception_leaves_no_dead_consumer(kind: str, work: Work) -> 
 def test_without_a_dead_letter_exchange_nothing_loops_busily(
     kind: str, work: Work, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With each wait at its bound: 0.2, 0.4, 0.8 and 1.6 s."""
-    monkeypatch.setattr(mq.random, "uniform", lambda _, bound: bound)
-    tried: list[int] = []
+    """With each wait at its bound."""
+    tried_s, waits_s, jittered_s = list[float](), list[float](), mq.RetryPolicy.jittered_s
 
-    def handler(delivery: Any) -> None:
-        tried.append(number(delivery))
+    def waiting_s(policy: Any, failures: int) -> float:
+        waits_s.append(jittered_s(policy, failures))
+        return waits_s[-1]
+
+    def handler(_: object) -> None:
+        tried_s.append(time.monotonic())
         raise mq.PoisonMessage("of the test")
 
     with closing(work.broker.connect()) as connection:
         connection.channel().exchange_delete(work.contract.dead_letter_exchange)
     work.put(0)
+    monkeypatch.setattr(mq.random, "uniform", lambda _, bound: bound)
+    monkeypatch.setattr(mq.RetryPolicy, "jittered_s", waiting_s)
     with Running(work.consumer(kind, handler)):
-        until(lambda: tried, "the first attempt")
-        time.sleep(2.0)  # what is measured
-        counted = len(tried)
+        until(lambda: len(tried_s) == 4, "the fourth attempt")
         with closing(work.broker.connect()) as connection:
             work.topology.declare(connection.channel())
         until(lambda: work.ready("dead_letter_queue") == 1, "the dead letter")
-    assert 2 <= counted <= 5
+    assert waits_s[:3] == [0.2, 0.4, 0.8]
+    gaps_s = [after - before for before, after in itertools.pairwise(tried_s)]
+    assert all(gap_s >= wait_s for gap_s, wait_s in zip(gaps_s, waits_s, strict=False))
 
 
 # ── A slow handler; a broker that is killed, stopped or frozen ──────────────────────
