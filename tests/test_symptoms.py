@@ -52,9 +52,11 @@ def says(text: str) -> Callable[[Provocation], Provocation]:
 
 class ClusterNode(servers.Redis):
     name = "cluster"
+    port_count = 2  # the second for its bus: by default port + 10000, which a client may have
 
     def _command(self) -> list[str]:
-        return [*super()._command(), "--cluster-enabled", "yes"]
+        bus = ["--cluster-port", str(self.ports[1])]
+        return [*super()._command(), "--cluster-enabled", "yes", *bus]
 
 
 class Standalone(servers.Mongo):
