@@ -139,7 +139,8 @@ def test_redis_lost_in_the_middle_and_back(
     clock = SimpleNamespace(now_s=0.0)
     monkeypatch.setattr(ds, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
     purchases, server = Purchases(), own["redis"]
-    patience = {"socket_timeout": 0.2, "retry": ds.Retry(ds.NoBackoff(), 0)}
+    # Waited for once, by who asks the frozen one; shorter, a busy machine would be an outage.
+    patience = {"socket_timeout": 5.0, "retry": ds.Retry(ds.NoBackoff(), 0)}
     with Counting.from_url(server.url, **patience) as client:
         service = ds.ProfileService(client, redis_prefix, purchases.compute)
         assert [service.get("7") for _ in range(2)] == [{"purchases": 0}] * 2
