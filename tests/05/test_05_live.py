@@ -13,7 +13,6 @@ import shlex
 import signal
 import sqlite3
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -38,7 +37,6 @@ import servers
 ds: Any = load_script("05_realworld_data_science")
 SCRIPT = SCRIPTS["05"]
 TODAY = date(2026, 1, 31)
-REGISTERED_S = 2.0  # RabbitMQ 3.10 forgets younger queues when it is killed
 NOBODY = "127.0.0.1:1"  # where nobody listens
 FILES_QUEUE = "module8-customers"  # of events about a file's customers
 
@@ -266,6 +264,12 @@ def test_two_publishers_of_one_spool_at_once(work: Work) -> None:
     assert said == bodies(range(100))
 
 
+def is_registered(broker: Any, queue: str) -> bool:
+    """RabbitMQ writes it a second later; killed before, it forgets the queue."""
+    names = (broker.home / "data").rglob("names.dets")
+    return any(queue.encode() in path.read_bytes() for path in names)
+
+
 @pytest.mark.slow
 def test_rabbitmq_killed_while_events_go_out(
     tmp_path: Path, own: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -274,7 +278,7 @@ def test_rabbitmq_killed_while_events_go_out(
     work = Work(tmp_path / "spool", "test.killed", broker.url)
     with work.publisher(range(1)) as made:
         assert made.publish() == 1  # declares the queue
-        time.sleep(REGISTERED_S)
+        until(lambda: is_registered(broker, work.queue), "the queue to be registered")
         made.add(TODAY, at_stake(range(300)))
         with monkeypatch.context() as patch:
             killing(patch, BlockingChannel, "basic_publish", 100, broker)
