@@ -36,6 +36,7 @@ import config
 
 END_TIMEOUT_S = 120.0  # a whole run takes 10 to 30 s; four at once on a busy machine, longer
 WAIT_S = 60.0  # for what takes a second or two
+PATIENT = {"CONNECT_TIMEOUT_S": "6"}  # by which a server on a busy machine is not away
 SECRET = "s3cr3t-horse"
 # May be wrapped.
 START = "To start one: docker compose up -d --wait, or .venv/bin/python servers.py run"
@@ -258,7 +259,7 @@ def whole_run(script: Script, home: Path, *urls: str) -> Whole:
         return {name for service, url in servers for name in service.made(url)}
 
     before = made()
-    variables = {service.variable: url for service, url in servers}
+    variables = {service.variable: url for service, url in servers} | PATIENT
     if script.patience:
         mark = "&" if "?" in urls[0] else "?"
         variables[script.services[0].variable] += f"{mark}{script.patience}"

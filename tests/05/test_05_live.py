@@ -28,7 +28,19 @@ import running
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.exceptions import ChannelClosedByBroker
 from pymongo.collection import Collection
-from running import SCRIPTS, SECRET, WAIT_S, Main, Recorded, Run, at_once, demos_of, missing, until
+from running import (
+    PATIENT,
+    SCRIPTS,
+    SECRET,
+    WAIT_S,
+    Main,
+    Recorded,
+    Run,
+    at_once,
+    demos_of,
+    missing,
+    until,
+)
 from services import ROOT, load_script, mongo_client, postgres_engine, redis_client
 
 import config
@@ -59,7 +71,7 @@ def own(module_own: dict[str, Any]) -> dict[str, Any]:
 
 
 def urls(own: dict[str, Any]) -> dict[str, str]:
-    return {server.variable: server.url for server in own.values()}
+    return {server.variable: server.url for server in own.values()} | PATIENT
 
 
 @pytest.fixture
