@@ -358,10 +358,11 @@ def _(own: Own) -> None:
     login = {"username": "app", "password": own["mongo"].password}
     own_url = f"mongodb://127.0.0.1:{own['mongo'].port}/?authSource=admin"
     with pymongo.MongoClient(own_url, **address, **login) as client:
-        client.admin.command("replSetStepDown", 2, force=True)
+        client.admin.command("replSetStepDown", 60, force=True)
         try:
             client.app.account.insert_one({})
         finally:
+            client.admin.command("replSetFreeze", 0)  # it may stand for election again
             until(lambda: client.admin.command("hello")["isWritablePrimary"])
     found.database.client.close()
 
