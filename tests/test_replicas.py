@@ -95,7 +95,7 @@ def test_mongodb_loses_what_only_the_primary_acknowledged(members: list[Any]) ->
             "kept", write_concern=WriteConcern("majority", j=True)
         )
         replicated.insert_many({"n": n} for n in range(WRITES))
-        durable = client.app.get_collection("lost", write_concern=WriteConcern(3))
+        durable = client.app.get_collection("lost", write_concern=WriteConcern(3, j=True))
         durable.insert_one({"n": -1})
         for member in members[1:]:
             member.kill()
