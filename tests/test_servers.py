@@ -502,7 +502,8 @@ class Supervisor:
         assert eventually(lambda: ready.exists() and ready.read_text() != "", 60)
         self.command = psutil.Process(int(ready.read_text()))
         self.children = descendants(self.process.pid)
-        (reaper,) = (child for child in self.children if "reap" in child.cmdline())
+        ours = psutil.Process(self.process.pid).children()  # not CMD's, which come and go
+        (reaper,) = (child for child in ours if "reap" in child.cmdline())
         self.directory = Path(reaper.cmdline()[-1])
 
     def nothing_is_left(self) -> bool:
