@@ -408,7 +408,14 @@ def test_a_start_is_bounded(
     fake_redis: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_redis(f"{' '.join(SLEEPER)} & echo thinking; exec {' '.join(SLEEPER)}")
-    monkeypatch.setattr(servers, "START_TIMEOUT_S", 0.5)
+    begin = Server.begin
+
+    def begun(self: Server) -> None:
+        begin(self)
+        assert eventually(lambda: "thinking" in self.log_tail)
+        monkeypatch.setattr(servers, "START_TIMEOUT_S", 0.5)
+
+    monkeypatch.setattr(Server, "begin", begun)
     before = sets()
     late = pytest.raises(ServerUnavailable, match=r"not ready after 0\.5 s: .*(?s:.*)thinking")
     with late, servers.running("redis"):
