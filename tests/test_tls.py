@@ -143,6 +143,10 @@ class RabbitMQ(Encrypted, servers.RabbitMQ):
             )
         return command
 
+    def _log_in(self) -> None:
+        super()._log_in()
+        socket.create_connection((HOST, self.tls_port), 1).close()  # it is the last to listen
+
 
 # ── What each script does with such a URL ───────────────────────────────────────────
 
