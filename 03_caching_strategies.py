@@ -995,7 +995,7 @@ class Shop:
 
 
 class Source:
-    """Sleeps for each load, counts it, and may raise."""
+    """Each load sleeps, counts, may raise."""
 
     def __init__(self, sleep_s: float, fails: bool = False) -> None:
         self._sleep_s, self._fails, self.loads = sleep_s, fails, 0
@@ -1239,21 +1239,25 @@ def stampede_of_processes(workspace: Workspace) -> tuple[int, int]:
 
 
 def read_across_expiry(workspace: Workspace, beta: float) -> tuple[int, int]:
-    """READERS read one key over three TTLs: (reads that waited for a load, loads)."""
-    policy, half = Policy(0.25, jitter=0.0, beta=beta, l1_ttl_s=0.01), Source(SHORT_LOAD_S / 2)
+    """READERS read one key over three TTLs: (reads that waited, loads)."""
+    policy, source = Policy(0.25, jitter=0.0, beta=beta, l1_ttl_s=0.01), Source(SHORT_LOAD_S)
     cache = make_cache(workspace, f"beta{beta:g}", policy)
-    get = partial(cache.get_or_load, "hot", lambda: half() and half())
-    get()
+
+    def load() -> int:
+        source()
+        return source.loads
+
+    cache.get_or_load("hot", load)
     end, waited = time.monotonic() + 3 * policy.ttl_s, list[bool]()
 
     def read(_i: int) -> None:
-        while half.loads < 8 or time.monotonic() < end:
-            before, _ = half.loads, get()
-            waited.append(half.loads > before + 1)  # both halves ended meanwhile
+        while source.loads < 4 or time.monotonic() < end:
+            known = source.loads
+            waited.append(cache.get_or_load("hot", load) > known)  # loaded since it asked
             time.sleep(0.002)
 
     in_threads(READERS, read)
-    return sum(waited), half.loads // 2
+    return sum(waited), source.loads
 
 
 @dataclass(frozen=True)
