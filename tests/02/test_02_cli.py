@@ -17,7 +17,7 @@ import bson
 import pytest
 from folds02 import FOLDS, fold_daily_revenue, fold_down_sampled, same
 from running import SCRIPTS, SECRET, Ended, Main, Recorded, databases, demos_of
-from script02 import Run, started
+from script02 import PROBE_TIMEOUT_S, Run, started
 from services import load_script, mongo_client
 
 import config
@@ -27,6 +27,7 @@ app: Any = load_script("02_mongodb_advanced")
 
 SCRIPT, CUSTOMERS = SCRIPTS["02"], 500
 QUICK = ("--only", "validation", "--scale", "5")  # where any demo will do
+PATIENT = {"CONNECT_TIMEOUT_S": str(PROBE_TIMEOUT_S)}  # where a server's answer decides
 
 
 @pytest.fixture
@@ -203,7 +204,7 @@ def test_offline_each_demo_says_that_it_is_not_shown_but_the_last(main: Main) ->
 def test_the_smallest_scales(main: Main, mongo_uri: str, scale: str) -> None:
     before, scaled = databases(mongo_uri), ("design", "aggregation", "async")
     only = [word for name in scaled for word in ("--only", name)]
-    ended = main("--json", "--scale", scale, *only, MONGODB_URI=mongo_uri)
+    ended = main("--json", "--scale", scale, *only, MONGODB_URI=mongo_uri, **PATIENT)
     assert (ended.returncode, ended.stderr) == (0, ""), ended.stdout
     assert tuple(demos_of(ended)) == scaled
     assert demos_of(ended)["async"]["result"]["same_answers"] is True
@@ -281,7 +282,7 @@ def user(server: servers.Mongo, name: str, *roles: str) -> str:
 def test_a_wrong_password(main: Main, own_mongo: servers.Mongo, option: str) -> None:
     uri = f"mongodb://app:{SECRET}@127.0.0.1:{own_mongo.port}/?replicaSet=rs0&authSource=admin"
     for log in ({}, {"LOG_LEVEL": "DEBUG", "LOG_FORMAT": "json"}):
-        ended = main(option, MONGODB_URI=uri, **log)
+        ended = main(option, MONGODB_URI=uri, **log, **PATIENT)
         assert_refused(ended, "Authentication failed", r"app:\*\*\*@127\.0\.0\.1")
 
 
@@ -296,7 +297,8 @@ def test_a_wrong_password(main: Main, own_mongo: servers.Mongo, option: str) -> 
 def test_a_uri_that_does_not_fit(
     main: Main, own_mongo: servers.Mongo, rest: str, word: str
 ) -> None:
-    assert_refused(main(*QUICK, MONGODB_URI=f"mongodb://{rest.format(port=own_mongo.port)}"), word)
+    uri = f"mongodb://{rest.format(port=own_mongo.port)}"
+    assert_refused(main(*QUICK, MONGODB_URI=uri, **PATIENT), word)
 
 
 def test_a_port_of_another_service(main: Main) -> None:
@@ -316,7 +318,7 @@ def test_a_port_of_another_service(main: Main) -> None:
 @pytest.mark.parametrize("roles", [[], ["readAnyDatabase"]], ids=len)
 def test_a_user_who_may_not_write(main: Main, own_mongo: servers.Mongo, roles: list[str]) -> None:
     uri = user(own_mongo, f"user{len(roles)}", *roles)
-    assert_refused(main(*QUICK, MONGODB_URI=uri), "may not write", r"user\d:\*\*\*@")
+    assert_refused(main(*QUICK, MONGODB_URI=uri, **PATIENT), "may not write", r"user\d:\*\*\*@")
     assert databases(own_mongo.url) == set()
 
 
