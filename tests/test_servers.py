@@ -513,13 +513,14 @@ class Supervisor:
         )  # fmt: skip
         assert eventually(lambda: ready.exists() and ready.read_text() != "", 60)
         self.command = psutil.Process(int(ready.read_text()))
-        self.children = descendants(self.process.pid)
-        ours = psutil.Process(self.process.pid).children()  # not CMD's, which come and go
+        ours = psutil.Process(self.process.pid).children()
         (reaper,) = (child for child in ours if "reap" in child.cmdline())
+        ours.remove(self.command)  # its own children come and go, and may outlive it
+        self.children = [one for child in ours for one in [child, *descendants(child.pid)]]
         self.directory = Path(reaper.cmdline()[-1])
 
     def nothing_is_left(self) -> bool:
-        alive = [child for child in self.children if child != self.command and lives(child)]
+        alive = any(map(lives, self.children))
         return not (alive or processes_below(self.directory) or self.directory.exists())
 
 
