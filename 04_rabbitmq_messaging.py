@@ -91,7 +91,7 @@ LOST = (amqp.AMQPError, connection_workflow.AMQPConnectorException, OSError)
 MONGO_TIMEOUT_MS = 10_000  # an operation, retries included
 NOTED = 100  # messages a user, in MongoDB
 WAIT_S = 60.0  # the longest that a demo waits
-COMPARED, PREFETCHES = 1_000, (1, 10, 100, 1_000)  # messages of demo 3, for each of these
+COMPARED, PREFETCHES = 1_000, (1, 10, 100, 1_000)  # messages of demo 3
 HANDLER_S = 0.001  # that handlers of demos 3 and 9 wait
 REQUEUEING_S = 0.5  # how long demo 4 requeues
 USERS = 10_000  # of demo 7
@@ -1160,12 +1160,12 @@ def declared(
     try:
         topology.declare(link.channel())
         yield link, topology.contract(bindings[0][0])
+        with suppress(*LOST):  # interrupted, it may hang
+            link.close()
     finally:
-        if isinstance(broker, RabbitMQ):  # by another connection: that may have died
+        if isinstance(broker, RabbitMQ):  # by another: that may have died
             with suppress(*LOST), closing(broker.connect()) as janitor:
                 topology.delete(janitor.channel())
-        with suppress(*LOST):
-            link.close()
 
 
 def wait_until(is_so: Callable[[], object], poll_s: float = 0.01) -> None:

@@ -18,6 +18,7 @@ import pika
 import psutil
 import pytest
 import running
+from pika.adapters import blocking_connection
 from pika.exceptions import ChannelClosedByBroker
 from running import SCRIPTS, SECRET, START, Ended, Main, Recorded, at_once, demos_of, until
 from script04 import mq
@@ -257,6 +258,20 @@ def test_ctrl_c_while_queues_are_declared_leaves_none(
     with pytest.raises(KeyboardInterrupt), mq.declared(mq.RabbitMQ(rabbitmq_url), rabbitmq_prefix):
         pass
     assert_gone(rabbitmq_url, declared)
+
+
+def test_ctrl_c_within_pika_stays_ctrl_c(
+    rabbitmq_url: str, rabbitmq_prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its close() fails for a channel that was being opened."""
+
+    def interrupted(*_: object) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(blocking_connection, "BlockingChannel", interrupted)
+    with pytest.raises(KeyboardInterrupt), mq.declared(mq.RabbitMQ(rabbitmq_url), rabbitmq_prefix):
+        pass
 
 
 def test_ctrl_c_while_a_consumer_is_started_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
