@@ -332,7 +332,7 @@ def test_a_wrong_password(
 ) -> None:
     url = request.getfixturevalue(service.fixture)
     wrong = re.sub(r":[^:@]*@", f":{SECRET}@", url)
-    ended = main("--only", "dirty", **{service.variable: wrong})
+    ended = main("--only", "dirty", **PATIENT, **{service.variable: wrong})
     assert ended.returncode == 2
     assert re.match(rf"error: {service.variable}: \S+://\w*:\*\*\*@", ended.stderr)
     assert re.search("(?i)auth|password|ACCESS_REFUSED", ended.stderr.partition("@")[2])
@@ -477,7 +477,7 @@ def test_the_queue_of_a_run_is_deleted(
     queues, declare = list[str](), BlockingChannel.queue_declare
     noted = lambda self, queue, **kw: queues.append(queue) or declare(self, queue, **kw)  # noqa: E731
     monkeypatch.setattr(BlockingChannel, "queue_declare", noted)
-    ended = main("--only", "live", "--scale", "500", RABBITMQ_URL=rabbitmq_url)
+    ended = main("--only", "live", "--scale", "500", RABBITMQ_URL=rabbitmq_url, **PATIENT)
     assert (ended.returncode, len(set(queues))) == (0, 1)
     with closing(pika.BlockingConnection(pika.URLParameters(rabbitmq_url))) as connection:
         channel = connection.channel()
@@ -508,7 +508,7 @@ def test_events_of_an_outage_go_out_with_the_next_run(
     with closing(sqlite3.connect(spool)) as found:
         ((waiting,),) = found.execute("SELECT count(*) FROM events WHERE NOT confirmed")
     assert waiting > 20
-    sent, again = (main(*args, "--json", RABBITMQ_URL=rabbitmq_url) for _ in range(2))
+    sent, again = (main(*args, "--json", RABBITMQ_URL=rabbitmq_url, **PATIENT) for _ in "12")
     counts: list[Any] = [demos_of(one)["report"]["result"] for one in (sent, again)]
     assert [(c["events_confirmed"], c["events_waiting"]) for c in counts] == [(waiting, 0), (0, 0)]
     with closing(pika.BlockingConnection(pika.URLParameters(rabbitmq_url))) as connection:
