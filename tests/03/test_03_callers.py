@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import random
 import sys
 import threading
@@ -27,7 +28,12 @@ from script03 import NEVER, WAIT_S, MakeCache, Source, SourceDown, app, finished
 
 def waiting() -> int:
     """Threads that wait within the script for another's load."""
-    wait, frames = threading.Event.wait.__code__, sys._current_frames().values()
+    wait = threading.Event.wait.__code__
+    gc.disable()  # Python 3.11 may deadlock with its threads where this call collects garbage
+    try:
+        frames = sys._current_frames().values()
+    finally:
+        gc.enable()
     events = [frame.f_back for frame in frames if frame.f_back and frame.f_back.f_code is wait]
     return sum(event.f_back.f_code.co_filename == app.__file__ for event in events if event.f_back)
 
