@@ -16,8 +16,8 @@ from typing import Any
 import bson
 import pytest
 from folds02 import FOLDS, fold_daily_revenue, fold_down_sampled, same
-from running import SCRIPTS, SECRET, Ended, Main, Recorded, databases, demos_of
-from script02 import PROBE_TIMEOUT_S, Run, started
+from running import PATIENT, SCRIPTS, SECRET, Ended, Main, Recorded, databases, demos_of
+from script02 import Run, started
 from services import load_script, mongo_client
 
 import config
@@ -27,7 +27,6 @@ app: Any = load_script("02_mongodb_advanced")
 
 SCRIPT, CUSTOMERS = SCRIPTS["02"], 500
 QUICK = ("--only", "validation", "--scale", "5")  # where any demo will do
-PATIENT = {"CONNECT_TIMEOUT_S": str(PROBE_TIMEOUT_S)}  # where a server's answer decides
 
 
 @pytest.fixture
